@@ -1,0 +1,25 @@
+VENV ?= .venv
+PYTHON = $(VENV)/bin/python
+CHECKPOINT ?=
+
+.PHONY: demo test style bench
+
+demo: $(VENV)/installed
+	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+style: $(VENV)/installed
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy .
+
+bench: $(VENV)/installed
+	$(PYTHON) benchmarks/throughput.py
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@

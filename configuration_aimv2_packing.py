@@ -1,0 +1,79 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the packed AIMv2 vision encoder."""
+
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import Aimv2VisionConfig
+from transformers.activations import ACT2FN
+
+
+@strict
+class Aimv2PackingConfig(Aimv2VisionConfig):
+    r"""
+    Configuration of [`Aimv2PackingModel`]: every field of [`~transformers.Aimv2VisionConfig`], with the same meaning
+    and default, and the two below. The configuration of an `Aimv2VisionModel` checkpoint is a valid one.
+
+    Args:
+        patch_layout (`str`, *optional*, defaults to `"channels_first"`):
+            Order of the values inside one flattened patch: `"channels_first"` for `(channel, row, column)`, that of a
+            flattened `Conv2d` weight and of Qwen2-VL's image processor; `"channels_last"` for
+            `(row, column, channel)`, that of Siglip2 and NaFlex.
+        merge_temporal (`bool`, *optional*, defaults to `False`):
+            Whether the frames of a video attend to each other. By default each frame is encoded like an image.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: a field has the wrong type, or a value that no model can have.
+    """
+
+    model_type = "aimv2_packing"
+
+    # Names of modules below `Aimv2PackingModel`; a tensor-parallel rank holds whole attention heads.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "encoder.layers.*.attention.q_proj": "colwise",
+        "encoder.layers.*.attention.k_proj": "colwise",
+        "encoder.layers.*.attention.v_proj": "colwise",
+        "encoder.layers.*.attention.out_proj": "rowwise",
+        "encoder.layers.*.ffn.gate_proj": "colwise",
+        "encoder.layers.*.ffn.up_proj": "colwise",
+        "encoder.layers.*.ffn.down_proj": "rowwise",
+    }
+
+    patch_layout: Literal["channels_first", "channels_last"] = "channels_first"
+    merge_temporal: bool = False
+
+    def validate_geometry(self):
+        """Refuses sizes that no model can have; called by `@strict` whenever a configuration is made."""
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"`num_hidden_layers` must not be negative, got {self.num_hidden_layers}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` must be divisible by `num_attention_heads`, got {self.hidden_size} and "
+                f"{self.num_attention_heads}."
+            )
+        if self.is_native and self.hidden_size % 4:
+            raise ValueError(
+                "`hidden_size` must be divisible by 4 when `is_native` is true (sine and cosine of row and column), "
+                f"got {self.hidden_size}."
+            )
+        if not self.is_native and (
+            not isinstance(self.image_size, int) or self.image_size < 1 or self.image_size % self.patch_size
+        ):
+            raise ValueError(
+                "`image_size` must be an int that is a multiple of `patch_size` when `is_native` is false (one learned "
+                f"position per patch of a square image), got {self.image_size!r} and {self.patch_size}."
+            )
+
+
+__all__ = ["Aimv2PackingConfig"]

@@ -1,0 +1,467 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""AIMv2 vision encoder over packed images: the patches of all images lie end to end in one sequence."""
+
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.output_capturing import capture_outputs
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
+
+from .configuration_aimv2_packing import Aimv2PackingConfig
+
+
+# Where no varlen kernel exists, neighbouring segments of equal length share one attention call up to this many
+# patches: enough to fill the cores, few enough to bound the memory of the scores.
+MAX_PATCHES_PER_CALL = 4096
+
+
+class PackedLayout(NamedTuple):
+    """
+    How a packed batch divides, prepared once per forward by [`Aimv2PackingModel.prepare_layout`]. Attention never
+    crosses a segment: an image is one, a video is one per frame (or one in all with `config.merge_temporal`).
+
+    Attributes:
+        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and
+            last the number of patches.
+        max_seqlen (`int`): Patches of the longest segment, 0 for an empty batch.
+        runs (`tuple[tuple[int, int], ...]`): Neighbouring segments of equal length as `(segments, length)`, for
+            attention without a varlen kernel.
+        max_grid_side (`int`): Largest height or width, in patches.
+        position_ids (`torch.Tensor`, int64): With native positions the `(row, column)` of each patch,
+            `(total_patches, 2)`; with learned ones the 16 learned positions that bicubic interpolation reads,
+            `(total_patches, 16)`.
+        position_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Weights of those 16.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    runs: tuple[tuple[int, int], ...]
+    max_grid_side: int
+    position_ids: torch.Tensor
+    position_weights: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> "PackedLayout":
+        """The same layout with its tensors on `device`; never waits for the device."""
+        return PackedLayout(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
+
+
+def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) -> torch.Tensor:
+    """
+    Checks `grid_thw` and returns it as int64 on the CPU: the only device-to-host copy of a forward, and none at all
+    when it is there already.
+
+    Raises:
+        ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.
+    """
+    if not isinstance(grid_thw, torch.Tensor) or grid_thw.dtype.is_floating_point or grid_thw.dtype.is_complex:
+        given = grid_thw.dtype if isinstance(grid_thw, torch.Tensor) else type(grid_thw).__name__
+        raise ValueError(f"`grid_thw` must be a tensor of integers, got {given}.")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype == torch.bool:
+        raise ValueError(
+            "`grid_thw` must be integers of shape (num_images, 3), one row (t, h, w) per image, got "
+            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}."
+        )
+    grid_thw = grid_thw.detach().to("cpu", torch.int64)
+    described = 0
+    for index, (t, h, w) in enumerate(grid_thw.tolist()):
+        if min(t, h, w) < 1:
+            raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {(t, h, w)} for image {index}.")
+        described += t * h * w
+    if num_patches is not None and described != num_patches:
+        raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    if described > torch.iinfo(torch.int32).max:
+        raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
+    return grid_thw
+
+
+def sincos_table(num_positions: int, dim: int, device: torch.device) -> torch.Tensor:
+    """
+    Sine and cosine of each position along one side of the grid, float64 of shape `(num_positions, 2 * dim)`. The
+    frequencies `10000 ** (-i / dim)` are those of "Attention Is All You Need", section 3.5.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    frequencies = 10000 ** -(torch.arange(dim, dtype=dtype, device=device) / dim)
+    angles = torch.arange(num_positions, dtype=dtype, device=device).outer(frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Aimv2PackingPatchEmbed(nn.Conv2d):
+    """The patch convolution as one matrix product over patches that are already cut out."""
+
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.channels_last = config.patch_layout == "channels_last"
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.permute(0, 2, 3, 1) if self.channels_last else self.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.bias)
+
+
+class Aimv2PackingPositionEmbedding(nn.Embedding):
+    """Learned positions of a square grid, read at any grid by bicubic interpolation."""
+
+    def forward(self, position_ids: torch.Tensor, position_weights: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        table, weights = self.weight.to(dtype), position_weights.to(dtype)
+        return F.embedding_bag(position_ids, table, per_sample_weights=weights, mode="sum")
+
+
+class Aimv2PackingEmbeddings(nn.Module):
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = Aimv2PackingPatchEmbed(config)
+        self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.is_native:
+            num_positions = (config.image_size // config.patch_size) ** 2
+            self.position_embedding = Aimv2PackingPositionEmbedding(num_positions, config.hidden_size)
+
+    def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        hidden_states = self.rms_norm(self.patch_embed(patches))
+        if self.config.is_native:
+            table = sincos_table(layout.max_grid_side, self.config.hidden_size // 4, hidden_states.device)
+            rows, columns = table.to(hidden_states.dtype)[layout.position_ids].unbind(1)
+            # The released weights were trained with the column's half first.
+            return hidden_states + torch.cat([columns, rows], dim=1)
+        positions = self.position_embedding(layout.position_ids, layout.position_weights)
+        return hidden_states + positions.to(hidden_states.dtype)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, on `(batch, heads, length, head_dim)`; the softmax is in float32."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether PyTorch's own `varlen_attn`, a flash-attention kernel, takes this `(..., head_dim)` tensor."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    single_query: bool = False,
+) -> torch.Tensor:
+    """
+    Attention inside each segment, by the kernel that `config._attn_implementation` names.
+
+    Args:
+        module (`nn.Module`): The caller, for its `config` and its `training`.
+        query (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Or `(num_segments, ...)`, one query
+            per segment, with `single_query`.
+        key, value (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Packed like the patches.
+        layout (`PackedLayout`): Where the segments are.
+        single_query (`bool`): Whether each segment has one query rather than one per patch.
+
+    Returns:
+        `torch.Tensor` of `query`'s shape.
+    """
+    if not layout.runs:
+        # No kernel takes an empty batch; the sum keeps the gradient of every projection defined.
+        return query + key.sum(0) + value.sum(0)
+
+    implementation = module.config._attn_implementation
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    scaling = query.shape[-1] ** -0.5
+    dropout = module.config.attention_dropout if module.training else 0.0
+    cu_seqlens_q, max_seqlen_q = layout.cu_seqlens, layout.max_seqlen
+    if single_query:
+        cu_seqlens_q, max_seqlen_q = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device), 1
+
+    if is_flash_attention_requested(module.config):
+        output, _ = attention_interface(
+            module,
+            *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
+            attention_mask=None,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=False,
+            cu_seq_lens_q=cu_seqlens_q,
+            cu_seq_lens_k=layout.cu_seqlens,
+            max_length_q=max_seqlen_q,
+            max_length_k=layout.max_seqlen,
+        )
+        return output.squeeze(0)
+
+    if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
+        return varlen_attn(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
+
+    outputs, first_query, first_key = [], 0, 0
+    for segments, length in layout.runs:
+        queries, keys = segments * (1 if single_query else length), segments * length
+        output, _ = attention_interface(
+            module,
+            query[first_query : first_query + queries].unflatten(0, (segments, -1)).transpose(1, 2),
+            key[first_key : first_key + keys].unflatten(0, (segments, -1)).transpose(1, 2),
+            value[first_key : first_key + keys].unflatten(0, (segments, -1)).transpose(1, 2),
+            attention_mask=None,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=False,
+        )
+        outputs.append(output.flatten(0, 1))
+        first_query, first_key = first_query + queries, first_key + keys
+    return torch.cat(outputs)
+
+
+class Aimv2PackingAttention(nn.Module):
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        # -1, not the number of heads: under tensor parallelism a rank holds a part of them.
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return self.out_proj(packed_attention(self, query, key, value, layout).flatten(1))
+
+
+class Aimv2PackingMLP(nn.Module):
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.attention = Aimv2PackingAttention(config)
+        self.ffn = Aimv2PackingMLP(config)
+        self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.rms_norm1(hidden_states), layout)
+        return hidden_states + self.ffn(self.rms_norm2(hidden_states))
+
+
+class Aimv2PackingEncoder(nn.Module):
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([Aimv2PackingEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> BaseModelOutput:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class Aimv2PackingAttentionPoolingHead(nn.Module):
+    """One learned query attends to each segment."""
+
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        num_segments = len(layout.cu_seqlens) - 1
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = self.cls_token.to(key.dtype).view(1, -1, self.head_dim).expand(num_segments, -1, -1)
+        return self.output_proj(packed_attention(self, query, key, value, layout, single_query=True).flatten(1))
+
+
+class Aimv2PackingPreTrainedModel(PreTrainedModel):
+    config_class = Aimv2PackingConfig
+    base_model_prefix = "aimv2_packing"
+    main_input_name = "hidden_states"
+    input_modalities = ("image", "video")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "Aimv2PackingEmbeddings",
+        "Aimv2PackingEncoderLayer",
+        "Aimv2PackingAttentionPoolingHead",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Aimv2PackingEncoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Aimv2PackingAttentionPoolingHead):
+            init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
+        initial value is an error.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of this model.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__}: it lacks {len(missing)} weights, "
+                f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. Checkpoints in Apple's layout "
+                f"and others are converted by: python convert_weights.py {pretrained_model_name_or_path} OUTPUT_DIR"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
+    """AIMv2 over packed images: the weights and the outputs of [`~transformers.Aimv2VisionModel`], any sizes at once."""
+
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__(config)
+        self.embeddings = Aimv2PackingEmbeddings(config)
+        self.encoder = Aimv2PackingEncoder(config)
+        self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.use_head:
+            self.head = Aimv2PackingAttentionPoolingHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embed
+
+    def prepare_layout(self, grid_thw: torch.Tensor) -> PackedLayout:
+        """
+        Everything that a forward derives from `grid_thw`, computed on the CPU. `forward` calls this itself; call it
+        ahead (in a data loader's worker, or outside a compiled region) and pass `layout` instead of `grid_thw`.
+
+        Args:
+            grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
+
+        Raises:
+            ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
+        """
+        grid_thw = validate_grid_thw(grid_thw)
+        cu_seqlens = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal)
+        lengths = cu_seqlens.diff().tolist()
+        runs = []
+        for length, group in groupby(lengths):
+            segments, per_call = len(list(group)), max(1, MAX_PATCHES_PER_CALL // length)
+            runs += [(min(per_call, segments - first), length) for first in range(0, segments, per_call)]
+
+        if self.config.is_native:
+            frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+            sizes = frames.prod(dim=1)
+            index = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            widths = frames[:, 1].repeat_interleave(sizes)
+            position_ids, position_weights = torch.stack([index // widths, index % widths], dim=1), None
+        else:
+            side = self.config.image_size // self.config.patch_size
+            # One more image of one patch, cut off again, makes an empty batch valid.
+            position_ids, position_weights = (
+                x[:-1]
+                for x in get_vision_interpolation_indices_and_weights(
+                    F.pad(grid_thw, (0, 0, 0, 1), value=1), side, mode="bicubic"
+                )
+            )
+        return PackedLayout(
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max(lengths, default=0),
+            runs=tuple(runs),
+            max_grid_side=int(grid_thw[:, 1:].max()) if lengths else 0,
+            position_ids=position_ids,
+            position_weights=position_weights,
+        )
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            hidden_states (`torch.Tensor` of shape `(total_patches, num_channels * patch_size**2)`):
+                The flattened patches of all images, end to end: image by image, frame by frame, row by row. Cast to
+                the dtype of the weights.
+            grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`):
+                Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
+                costs no device synchronisation.
+            layout (`PackedLayout`, *optional*):
+                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the input of the encoder and the output of each layer, `(total_patches,
+                hidden_size)` each, before the final norm.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`~transformers.utils.ModelOutput`] rather than a tuple.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` of shape
+            `(total_patches, hidden_size)`, after the final norm; `pooler_output` of shape `(num_segments,
+            hidden_size)` when `config.use_head`, else `None`.
+
+        Raises:
+            ValueError: the arguments have the wrong shape or dtype, or do not agree.
+        """
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
+        patch_dim = self.config.num_channels * self.config.patch_size**2
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim or not hidden_states.is_floating_point():
+            raise ValueError(
+                f"`hidden_states` must be floating-point patches of shape (total_patches, {patch_dim}), got "
+                f"{hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
+            )
+        if (grid_thw is None) == (layout is None):
+            raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
+        if layout is None:
+            layout = self.prepare_layout(validate_grid_thw(grid_thw, num_patches=len(hidden_states)))
+        elif len(layout.position_ids) != len(hidden_states):
+            raise ValueError(
+                f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds "
+                f"{len(hidden_states)}."
+            )
+        layout = layout.to(hidden_states.device)
+
+        hidden_states = self.embeddings(hidden_states, layout)
+        last_hidden_state = self.rms_norm(self.encoder(hidden_states, layout).last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.head(last_hidden_state, layout) if self.config.use_head else None,
+        )
+
+
+__all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel", "PackedLayout"]

@@ -1,0 +1,22 @@
+"""Fixtures of all tests. Nothing here touches the network or the user's caches."""
+
+import os
+import tempfile
+
+
+# Before the first import of huggingface_hub, which reads them once.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="aimv2-packing-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
