@@ -53,7 +53,12 @@ class PackedLayout(NamedTuple):
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`; never waits for the device."""
-        return PackedLayout(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in self))
+        weights = self.position_weights
+        return self._replace(
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            position_weights=None if weights is None else weights.to(device, non_blocking=True),
+        )
 
 
 def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) -> torch.Tensor:
@@ -348,7 +353,7 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
-    """AIMv2 over packed images: the weights and the outputs of [`~transformers.Aimv2VisionModel`], any sizes at once."""
+    """AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`]."""
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
