@@ -135,7 +135,8 @@ class Aimv2PackingEmbeddings(nn.Module):
             self.position_embedding = Aimv2PackingPositionEmbedding(num_positions, config.hidden_size)
 
     def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        hidden_states = self.rms_norm(self.patch_embed(patches))
+        # Under autocast this starts the residual stream in the dtype of the weights, as in the original.
+        hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
         if self.config.is_native:
             table = sincos_table(layout.max_grid_side, self.config.hidden_size // 4, hidden_states.device)
             rows, columns = table.to(hidden_states.dtype)[layout.position_ids].unbind(1)
@@ -444,6 +445,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
+        if not isinstance(hidden_states, torch.Tensor):
+            raise ValueError(f"`hidden_states` must be a tensor, got {type(hidden_states).__name__}.")
         patch_dim = self.config.num_channels * self.config.patch_size**2
         if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim or not hidden_states.is_floating_point():
             raise ValueError(
@@ -459,6 +462,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds "
                 f"{len(hidden_states)}."
             )
+        elif (layout.position_weights is None) != self.config.is_native:
+            raise ValueError("`layout` must come from a model with the same kind of positions (`config.is_native`).")
         layout = layout.to(hidden_states.device)
 
         hidden_states = self.embeddings(hidden_states, layout)

@@ -1,0 +1,59 @@
+"""`Aimv2PackingConfig`: what it refuses, and that nothing is lost on the way to disk and back."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from reference import REPO, Aimv2PackingConfig
+from transformers import Aimv2VisionConfig, AutoConfig
+
+
+def test_every_field_survives_a_round_trip(tmp_path):
+    config = Aimv2PackingConfig(
+        hidden_size=96, num_attention_heads=3, image_size=42, patch_layout="channels_last", merge_temporal=True
+    )
+    config.save_pretrained(tmp_path)
+    loaded = Aimv2PackingConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert (loaded.patch_layout, loaded.merge_temporal) == ("channels_last", True)
+
+
+def test_config_at_the_top_level_is_the_native_large_model():
+    config = AutoConfig.from_pretrained(REPO, trust_remote_code=True)
+    assert type(config).__name__ == "Aimv2PackingConfig"
+    large = Aimv2VisionConfig(is_native=True, use_head=False).to_dict()
+    for name in set(large) - {"model_type", "architectures", "_name_or_path", "transformers_version"}:
+        assert getattr(config, name) == large[name], name
+    fields = json.loads((REPO / "config.json").read_text())
+    assert fields["auto_map"]["AutoModel"] == "modeling_aimv2_packing.Aimv2PackingModel"
+
+
+def test_a_vision_model_config_is_a_valid_one(tmp_path):
+    Aimv2VisionConfig(hidden_size=64, num_attention_heads=2, is_native=True).save_pretrained(tmp_path)
+    config = Aimv2PackingConfig.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.is_native, config.patch_layout) == (64, True, "channels_first")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 8}, ["hidden_size", "100", "8"]),
+        ({"hidden_size": 6, "num_attention_heads": 1, "is_native": True}, ["hidden_size", "6", "4"]),
+        ({"image_size": 225}, ["image_size", "225", "14"]),
+        ({"image_size": [224, 224]}, ["image_size", "224"]),
+        ({"image_size": 0}, ["image_size", "0"]),
+        ({"patch_size": [14, 14]}, ["patch_size", "14"]),
+        ({"patch_size": 0}, ["patch_size", "0"]),
+        ({"num_channels": -1}, ["num_channels", "-1"]),
+        ({"num_hidden_layers": -1}, ["num_hidden_layers", "-1"]),
+        ({"hidden_act": "snake"}, ["hidden_act", "snake"]),
+        ({"rms_norm_eps": 0.0}, ["rms_norm_eps", "0.0"]),
+        ({"attention_dropout": 1.0}, ["attention_dropout", "1.0"]),
+        ({"patch_layout": "rows_first"}, ["patch_layout", "rows_first"]),
+        ({"merge_temporal": "yes"}, ["merge_temporal", "yes"]),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(fields, named):
+    with pytest.raises(StrictDataclassError) as error:
+        Aimv2PackingConfig(**fields)
+    assert all(word in str(error.value) for word in named)
