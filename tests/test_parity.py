@@ -37,7 +37,8 @@ def differences(reference, packed, images):
             expected = reference(image[None].to(reference.dtype), output_hidden_states=True)
             patches = slice(first, first + expected.last_hidden_state.shape[1])
             pairs = [(outputs.last_hidden_state[patches], expected.last_hidden_state[0])]
-            pairs += [(ours[patches], theirs[0]) for ours, theirs in zip(outputs.hidden_states, expected.hidden_states)]
+            states = zip(outputs.hidden_states, expected.hidden_states, strict=True)
+            pairs += [(ours[patches], theirs[0]) for ours, theirs in states]
             if reference.config.use_head:
                 pairs.append((outputs.pooler_output[index], expected.pooler_output[0]))
             else:

@@ -25,7 +25,7 @@ def test_permuting_images_permutes_features(attn, grids, data):
     images = random_images(grids)
     order = data.draw(st.permutations(range(len(images))))
     expected = features(MODELS[attn], images)
-    for index, ours in zip(order, features(MODELS[attn], [images[index] for index in order])):
+    for index, ours in zip(order, features(MODELS[attn], [images[index] for index in order]), strict=True):
         assert (ours - expected[index]).abs().max() < 1e-5
 
 
@@ -37,7 +37,7 @@ def test_splitting_a_batch_changes_nothing(attn, grids, data):
     cut = data.draw(st.integers(1, len(images)))
     parts = features(MODELS[attn], images[:cut])
     parts += features(MODELS[attn], images[cut:]) if cut < len(images) else []
-    for ours, expected in zip(parts, features(MODELS[attn], images)):
+    for ours, expected in zip(parts, features(MODELS[attn], images), strict=True):
         assert (ours - expected).abs().max() < 1e-5
 
 
@@ -49,6 +49,6 @@ def test_a_poisoned_neighbour_leaves_no_trace(attn, grids, data, value):
     poisoned = data.draw(st.integers(0, len(images) - 1))
     clean = features(MODELS[attn], images)
     images[poisoned] = torch.full_like(images[poisoned], value)
-    for index, (ours, expected) in enumerate(zip(features(MODELS[attn], images), clean)):
+    for index, (ours, expected) in enumerate(zip(features(MODELS[attn], images), clean, strict=True)):
         if index != poisoned:
             assert torch.equal(ours, expected)
