@@ -1,0 +1,424 @@
+"""
+Packed AIMv2 against the ways people run it otherwise, in one process: same weights, same images, repetitions of all
+candidates interleaved, ratios per repetition, medians of those.
+
+    python benchmarks/throughput.py                              # CPU, float32 and bfloat16, AIMv2-L width, 4 layers
+    python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --compile
+
+Writes one JSON file and one PNG plot per run to `--output`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import Aimv2VisionConfig, Aimv2VisionModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+REPO = Path(__file__).resolve().parent.parent
+Grid = tuple[int, int]
+
+# hidden_size, intermediate_size, num_attention_heads
+GEOMETRIES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
+
+
+def mixes() -> dict[str, list[Grid]]:
+    """Grids `(height, width)` in patches, in the random order in which images arrive."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sides(low: int, high: int) -> Grid:
+        height, width = torch.randint(low, high + 1, (2,), generator=generator).tolist()
+        return height, width
+
+    small = [sides(4, 8) for _ in range(48)]
+    return {
+        "small": small,
+        "mixed": [(11, 11), (32, 32), (16, 22), (27, 18), (12, 30), (24, 24), (14, 19), (20, 29)],
+        "uniform_224": [(16, 16)] * 8,
+        "uniform_448": [(32, 32)] * 4,
+        "huge_among_small": [*small[:24], (64, 64), *small[24:]],
+        "thumbnails": [sides(2, 5) for _ in range(512)],
+    }
+
+
+def fill(grids: list[Grid], patches: int | None) -> list[Grid]:
+    """The mix over and over until it holds `patches` patches."""
+    if patches is None:
+        return grids
+    filled: list[Grid] = []
+    while sum(height * width for height, width in filled) < patches:
+        filled.append(grids[len(filled) % len(grids)])
+    return filled
+
+
+def make_models(args: argparse.Namespace, dtype: torch.dtype):
+    """The original and the packed model with the same weights."""
+    if args.checkpoint:
+        reference = Aimv2VisionModel.from_pretrained(args.checkpoint)
+    else:
+        hidden_size, intermediate_size, heads = GEOMETRIES[args.geometry]
+        torch.manual_seed(0)
+        config = Aimv2VisionConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_attention_heads=heads,
+            num_hidden_layers=args.layers,
+            is_native=True,
+            use_head=False,
+        )
+        with torch.device(args.device):
+            reference = Aimv2VisionModel(config)
+    reference = reference.to(args.device, dtype).eval()
+    packing_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
+    fields = reference.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        fields.pop(name, None)
+    with torch.device(args.device):
+        packed = packing_class(packing_class.config_class(**fields))
+    packed = packed.to(dtype).eval()
+    packed.load_state_dict(reference.state_dict(), strict=True)
+    return reference, packed
+
+
+def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    channels, height, width = pixels.shape
+    patches = pixels.reshape(channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return patches.permute(1, 3, 0, 2, 4).reshape(-1, channels * patch_size**2)
+
+
+class Candidates:
+    """Zero-argument forwards over the same images, one per way of running them."""
+
+    def __init__(self, reference, packed, grids: list[Grid], args: argparse.Namespace):
+        patch_size = reference.config.patch_size
+        self.reference = reference
+        self.images = [
+            torch.randn(3, height * patch_size, width * patch_size, device=args.device, dtype=reference.dtype)
+            for height, width in grids
+        ]
+        self.patches = torch.cat([patchify(image, patch_size) for image in self.images])
+        self.grid_thw = torch.tensor([(1, height, width) for height, width in grids])
+        by_grid = defaultdict(list)
+        for grid, image in zip(grids, self.images, strict=True):
+            by_grid[grid].append(image)
+        self.groups = [torch.stack(images) for images in by_grid.values()]
+
+        self.forwards: dict[str, Callable[[], object]] = {}
+        for attn in args.attn:
+            self.forwards[f"packed {attn}"] = self.packed_forward(packed, packed, attn)
+            if args.compile:
+                compiled = torch.compile(packed, dynamic=True)
+                self.forwards[f"packed {attn} compiled"] = self.packed_forward(packed, compiled, attn)
+        self.forwards["looped"] = lambda: [reference(image[None]) for image in self.images]
+        self.forwards["grouped"] = lambda: [reference(images) for images in self.groups]
+        tall, wide = max(height for height, _ in grids), max(width for _, width in grids)
+        if tall * wide * len(grids) <= args.max_padding * len(self.patches):
+            padded = torch.zeros(
+                len(grids), 3, tall * patch_size, wide * patch_size, device=args.device, dtype=reference.dtype
+            )
+            for index, image in enumerate(self.images):
+                padded[index, :, : image.shape[1], : image.shape[2]] = image
+            self.forwards["padded"] = lambda: reference(padded)
+        if find_spec("timm") and find_spec("torchvision") and len(self.groups) == 1 and grids[0][0] == grids[0][1]:
+            self.forwards["timm"] = self.timm_forward(grids[0][0] * patch_size)
+
+    def packed_forward(self, packed, forward, attn: str) -> Callable[[], object]:
+        def run():
+            packed.config._attn_implementation = attn
+            return forward(self.patches, self.grid_thw)
+
+        return run
+
+    def timm_forward(self, size: int) -> Callable[[], object]:
+        import timm
+
+        config = self.reference.config
+        model = timm.create_model(
+            "aimv2_large_patch14_224",
+            img_size=size,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            num_classes=0,
+        )
+        model = model.to(self.patches.device, self.reference.dtype).eval()
+        return lambda: model.forward_features(self.groups[0])
+
+    def largest_difference(self) -> dict[str, float]:
+        """Per packed candidate, max |difference| to the loop, over all images."""
+        with torch.inference_mode():
+            expected = torch.cat([self.reference(image[None]).last_hidden_state[0] for image in self.images])
+            return {
+                name: (forward().last_hidden_state - expected).abs().max().item()
+                for name, forward in self.forwards.items()
+                if name.startswith("packed")
+            }
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(forward: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    forward()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(forward: Callable[[], object], device: str) -> int | None:
+    """Bytes that one forward adds at its peak, over what lies in memory before it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward()
+        return torch.cuda.max_memory_allocated() - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    clear.write_text("5")  # resets the kernel's high-water mark
+
+    def kilobytes(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+    before = kilobytes("VmRSS")
+    forward()
+    return (kilobytes("VmHWM") - before) * 1024
+
+
+def matrix_products(packed, candidates: Candidates) -> Callable[[], None]:
+    """The layers' matrix products alone, attention's included, into buffers that exist already."""
+    config, layout = packed.config, packed.prepare_layout(candidates.grid_thw)
+    like = {"device": candidates.patches.device, "dtype": packed.dtype}
+    total, heads = len(candidates.patches), config.num_attention_heads
+    head_dim = config.hidden_size // heads
+    hidden = torch.randn(total, config.hidden_size, **like)
+    wide = torch.randn(total, config.intermediate_size, **like)
+    hidden_out, wide_out = torch.empty_like(hidden), torch.empty_like(wide)
+    attention = []
+    for segments, length in layout.runs:
+        query = torch.randn(segments * heads, length, head_dim, **like)
+        scores = torch.empty(segments * heads, length, length, **like)
+        attention.append((query, query.transpose(1, 2), scores, torch.empty_like(query)))
+
+    def run() -> None:
+        for layer in packed.encoder.layers:
+            for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+                torch.mm(hidden, projection.weight.T, out=hidden_out)
+            for query, key, scores, output in attention:
+                torch.bmm(query, key, out=scores)
+                torch.bmm(scores, query, out=output)
+            torch.mm(hidden, layer.attention.out_proj.weight.T, out=hidden_out)
+            torch.mm(hidden, layer.ffn.gate_proj.weight.T, out=wide_out)
+            torch.mm(hidden, layer.ffn.up_proj.weight.T, out=wide_out)
+            torch.mm(wide, layer.ffn.down_proj.weight.T, out=hidden_out)
+
+    return run
+
+
+def model_flops(packed, grids: list[Grid]) -> int:
+    """Floating-point operations of one forward: two per multiply-add, matrix products only."""
+    config = packed.config
+    patch_dim = config.num_channels * config.patch_size**2
+    per_patch = config.num_hidden_layers * (
+        4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    )
+    total = 0
+    for height, width in grids:
+        patches = height * width
+        total += 2 * patches * (per_patch + patch_dim * config.hidden_size)
+        total += 2 * config.num_hidden_layers * 2 * patches**2 * config.hidden_size
+    return total
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of one large square product, the median of ten."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def measure_mix(name: str, grids: list[Grid], reference, packed, args: argparse.Namespace, rate: float) -> dict:
+    candidates = Candidates(reference, packed, grids, args)
+    forwards = dict(candidates.forwards)
+    on_cpu = args.device == "cpu"
+    if on_cpu:
+        forwards["matrix products"] = matrix_products(packed, candidates)
+    for forward in forwards.values():
+        forward()  # warms up, compiles
+    times: dict[str, list[float]] = {candidate: [] for candidate in forwards}
+    for _ in range(args.repeats):
+        for candidate, forward in forwards.items():
+            times[candidate].append(seconds(forward, args.device))
+    flops, total = model_flops(packed, grids), len(candidates.patches)
+    difference = candidates.largest_difference()
+    result: dict = {"mix": name, "images": len(grids), "patches": total, "candidates": {}}
+    for candidate, forward in candidates.forwards.items():
+        median = statistics.median(times[candidate])
+        row = {
+            "seconds": median,
+            "patches_per_second": total / median,
+            "peak_bytes": peak_memory(forward, args.device),
+            "flops_utilisation": flops / median / rate,
+        }
+        if candidate.startswith("packed"):
+            row["max_difference_to_loop"] = difference[candidate]
+            row["speedup_over"] = {
+                peer: statistics.median(
+                    theirs / ours for theirs, ours in zip(times[peer], times[candidate], strict=True)
+                )
+                for peer in candidates.forwards
+                if not peer.startswith("packed")
+            }
+            if on_cpu:
+                row["matrix_product_share"] = statistics.median(
+                    bare / ours for bare, ours in zip(times["matrix products"], times[candidate], strict=True)
+                )
+        result["candidates"][candidate] = row
+    return result
+
+
+def measure_growth(reference, packed, args: argparse.Namespace) -> list[dict]:
+    """Time and memory of ever more images of 256 patches."""
+    rows = []
+    for images in args.growth:
+        candidates = Candidates(reference, packed, [(16, 16)] * images, args)
+        forward = candidates.forwards[f"packed {args.attn[0]}"]
+        forward()
+        repeats = max(1, min(args.repeats, 64 // images))
+        times = [seconds(forward, args.device) for _ in range(repeats)]
+        rows.append(
+            {
+                "patches": images * 256,
+                "seconds_per_patch": statistics.median(times) / (images * 256),
+                "peak_bytes": peak_memory(forward, args.device),
+            }
+        )
+    return rows
+
+
+def print_results(results: dict) -> None:
+    for run in results["runs"]:
+        print(f"\n{run['dtype']}, matrix rate {run['matrix_rate'] / 1e12:.2f} TFLOP/s")
+        for mix in run["mixes"]:
+            print(f"  {mix['mix']}: {mix['images']} images, {mix['patches']} patches")
+            for name, row in mix["candidates"].items():
+                memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
+                line = f"    {name:32} {row['patches_per_second']:>10.0f} patches/s{memory}"
+                line += f", {row['flops_utilisation']:.0%} of the rate"
+                if "speedup_over" in row:
+                    line += "; " + ", ".join(f"{peer} x{ratio:.2f}" for peer, ratio in row["speedup_over"].items())
+                if "matrix_product_share" in row:
+                    line += f"; share {row['matrix_product_share']:.3f}"
+                if "max_difference_to_loop" in row:
+                    line += f"; max diff {row['max_difference_to_loop']:.1e}"
+                print(line)
+        for row in run["growth"]:
+            memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
+            print(f"  {row['patches']:6} patches: {row['seconds_per_patch'] * 1e6:.2f} us per patch{memory}")
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = results["runs"]
+    figure, axes = pyplot.subplots(len(runs), 2, figsize=(11, 3.4 * len(runs)), squeeze=False)
+    for (bars, growth), run in zip(axes, runs, strict=True):
+        names = [mix["mix"] for mix in run["mixes"]]
+        packed = next(iter(run["mixes"][0]["candidates"]))
+        peers = ["looped", "grouped", "padded"]
+        for index, peer in enumerate(peers):
+            ratios = [mix["candidates"][packed]["speedup_over"].get(peer, 0) for mix in run["mixes"]]
+            bars.bar([position + 0.27 * index for position in range(len(names))], ratios, 0.25, label=peer)
+        bars.axhline(1, color="black", linewidth=0.8)
+        bars.set_xticks([position + 0.27 for position in range(len(names))], names, rotation=20, fontsize=8)
+        bars.set_ylabel("times as fast as")
+        bars.set_title(f"{packed}, {run['dtype']}", fontsize=10)
+        bars.legend(fontsize=8)
+        if run["growth"]:
+            patches = [row["patches"] for row in run["growth"]]
+            growth.plot(patches, [row["seconds_per_patch"] * 1e6 for row in run["growth"]], "o-")
+            growth.set_xscale("log", base=2)
+            growth.set_ylim(bottom=0)
+            growth.set_xlabel("patches in the batch, images of 256")
+            growth.set_ylabel("microseconds per patch")
+        else:
+            growth.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--attn", nargs="+", default=["sdpa"], help="attn_implementation of the packed model")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile of the packed model")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="large")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
+    parser.add_argument("--mixes", nargs="+", choices=mixes(), default=list(mixes()))
+    parser.add_argument("--patches", type=int, help="repeat each mix up to this many patches")
+    parser.add_argument("--max-padding", type=float, default=8, help="skip a padded batch over this many times larger")
+    parser.add_argument("--growth", nargs="*", type=int, default=[4, 8, 32, 128, 256], help="numbers of images")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=REPO / "build" / "throughput")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    command = "python benchmarks/throughput.py " + " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "output"
+    )
+    results: dict = {
+        "command": command,
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "runs": [],
+    }
+    with torch.inference_mode():
+        for dtype_name in args.dtype:
+            dtype = getattr(torch, dtype_name)
+            reference, packed = make_models(args, dtype)
+            rate = matrix_rate(args.device, dtype)
+            chosen = {name: fill(mixes()[name], args.patches) for name in args.mixes}
+            results["runs"].append(
+                {
+                    "dtype": dtype_name,
+                    "matrix_rate": rate,
+                    "mixes": [
+                        measure_mix(name, grids, reference, packed, args, rate) for name, grids in chosen.items()
+                    ],
+                    "growth": measure_growth(reference, packed, args),
+                }
+            )
+    print_results(results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "throughput.json").write_text(json.dumps(results, indent=2) + "\n")
+    if find_spec("matplotlib"):
+        plot(results, args.output / "throughput.png")
+    print(f"\nWritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
