@@ -24,6 +24,14 @@ from .configuration_aimv2_packing import Aimv2PackingConfig
 # Where no varlen kernel exists, neighbouring segments of equal length share one attention call up to this many
 # patches: enough to fill the cores, few enough to bound the memory of the scores.
 MAX_PATCHES_PER_CALL = 4096
+SCORES_PER_BLOCK = 1 << 20
+PATCHES_PER_CHUNK = 1024
+
+
+def in_chunks(function, *inputs):
+    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    return torch.cat([function(*chunk) for chunk in zip(*(x.split(PATCHES_PER_CHUNK) for x in inputs), strict=True)])
 
 
 class PackedLayout(NamedTuple):
@@ -154,6 +162,22 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2), weights
 
 
+def blocked_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
+    """`eager_attention_forward` without gradients, in blocks of scores that stay in a CPU's cache."""
+    batch, heads, length, _ = query.shape
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    queries = max(1, min(length, SCORES_PER_BLOCK // key.shape[1]))
+    rows = max(1, SCORES_PER_BLOCK // (queries * key.shape[1]))
+    outputs = []
+    for row in range(0, batch * heads, rows):
+        block = slice(row, row + rows)
+        for query_block in query[block].split(queries, dim=1):
+            scores = torch.bmm(query_block, key[block].transpose(1, 2)).float().mul_(scaling)
+            weights = torch.softmax(scores, dim=-1, out=scores).to(query.dtype)
+            outputs.append(torch.bmm(weights, value[block]).flatten(0, 1))
+    return torch.cat(outputs).view(batch, heads, length, -1).transpose(1, 2), None
+
+
 def has_varlen_kernel(query: torch.Tensor) -> bool:
     """Whether PyTorch's own `varlen_attn`, a flash-attention kernel, takes this `(..., head_dim)` tensor."""
     return (
@@ -187,7 +211,7 @@ def packed_attention(
     Returns:
         `torch.Tensor` of `query`'s shape.
     """
-    if not layout.runs:
+    if layout.max_seqlen == 0:
         # No kernel takes an empty batch; the sum keeps the gradient of every projection defined.
         return query + key.sum(0) + value.sum(0)
 
@@ -217,6 +241,13 @@ def packed_attention(
     if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
         return varlen_attn(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
 
+    if (
+        implementation == "sdpa"
+        and query.device.type == "cpu"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_grad_enabled()
+    ):
+        attention_interface = blocked_attention_forward
     outputs, first_query, first_key = [], 0, 0
     for segments, length in layout.runs:
         queries, keys = segments * (1 if single_query else length), segments * length
@@ -275,7 +306,11 @@ class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.rms_norm1(hidden_states), layout)
+        attended = self.attention(in_chunks(self.rms_norm1, hidden_states), layout)
+        return in_chunks(self.feed_forward, hidden_states, attended)
+
+    def feed_forward(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + attended
         return hidden_states + self.ffn(self.rms_norm2(hidden_states))
 
 
@@ -368,6 +403,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embed
 
+    @torch.compiler.disable
     def prepare_layout(self, grid_thw: torch.Tensor) -> PackedLayout:
         """
         Everything that a forward derives from `grid_thw`, computed on the CPU. `forward` calls this itself; call it

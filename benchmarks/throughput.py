@@ -4,6 +4,7 @@ candidates interleaved, ratios per repetition, medians of those.
 
     python benchmarks/throughput.py                              # CPU, float32 and bfloat16, AIMv2-L width, 4 layers
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --compile
+    python benchmarks/throughput.py --train                      # forward and backward
 
 Writes one JSON file and one PNG plot per run to `--output`.
 """
@@ -14,7 +15,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 REPO = Path(__file__).resolve().parent.parent
 Grid = tuple[int, int]
+Forward = Callable[[], Iterator]
 
 # hidden_size, intermediate_size, num_attention_heads
 GEOMETRIES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
@@ -61,7 +63,7 @@ def fill(grids: list[Grid], patches: int | None) -> list[Grid]:
 
 
 def make_models(args: argparse.Namespace, dtype: torch.dtype):
-    """The original and the packed model with the same weights."""
+    """The original, the packed model and, on request, its compiled twin, all with the same weights."""
     if args.checkpoint:
         reference = Aimv2VisionModel.from_pretrained(args.checkpoint)
     else:
@@ -82,11 +84,17 @@ def make_models(args: argparse.Namespace, dtype: torch.dtype):
     fields = reference.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
-    with torch.device(args.device):
-        packed = packing_class(packing_class.config_class(**fields))
-    packed = packed.to(dtype).eval()
-    packed.load_state_dict(reference.state_dict(), strict=True)
-    return reference, packed
+
+    def packed() -> torch.nn.Module:
+        with torch.device("meta"):
+            model = packing_class(packing_class.config_class(**fields))
+        model.load_state_dict(reference.state_dict(), strict=True, assign=True)
+        return model.eval()
+
+    compiled = packed() if args.compile else None
+    for layer in compiled.encoder.layers if compiled is not None else ():
+        layer.compile(fullgraph=True, dynamic=True)
+    return reference, packed(), compiled
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -96,9 +104,10 @@ def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class Candidates:
-    """Zero-argument forwards over the same images, one per way of running them."""
+    """Forwards over the same images, one per way of running them; each yields its outputs as it makes them."""
 
-    def __init__(self, reference, packed, grids: list[Grid], args: argparse.Namespace):
+    def __init__(self, models, grids: list[Grid], args: argparse.Namespace):
+        reference, packed, compiled = models
         patch_size = reference.config.patch_size
         self.reference = reference
         self.images = [
@@ -112,14 +121,15 @@ class Candidates:
             by_grid[grid].append(image)
         self.groups = [torch.stack(images) for images in by_grid.values()]
 
-        self.forwards: dict[str, Callable[[], object]] = {}
+        self.forwards: dict[str, Forward] = {}
         for attn in args.attn:
-            self.forwards[f"packed {attn}"] = self.packed_forward(packed, packed, attn)
-            if args.compile:
-                compiled = torch.compile(packed, dynamic=True)
-                self.forwards[f"packed {attn} compiled"] = self.packed_forward(packed, compiled, attn)
-        self.forwards["looped"] = lambda: [reference(image[None]) for image in self.images]
-        self.forwards["grouped"] = lambda: [reference(images) for images in self.groups]
+            self.forwards[f"packed {attn}"] = self.packed_forward(packed, attn)
+            if compiled is not None:
+                self.forwards[f"packed {attn} compiled"] = self.packed_forward(compiled, attn)
+            if args.train:
+                self.forwards[f"packed {attn} checkpointed"] = self.packed_forward(packed, attn, checkpointing=True)
+        self.forwards["looped"] = lambda: (reference(image[None]) for image in self.images)
+        self.forwards["grouped"] = lambda: (reference(images) for images in self.groups)
         tall, wide = max(height for height, _ in grids), max(width for _, width in grids)
         if tall * wide * len(grids) <= args.max_padding * len(self.patches):
             padded = torch.zeros(
@@ -127,18 +137,21 @@ class Candidates:
             )
             for index, image in enumerate(self.images):
                 padded[index, :, : image.shape[1], : image.shape[2]] = image
-            self.forwards["padded"] = lambda: reference(padded)
+            self.forwards["padded"] = lambda: (reference(images) for images in (padded,))
         if find_spec("timm") and find_spec("torchvision") and len(self.groups) == 1 and grids[0][0] == grids[0][1]:
             self.forwards["timm"] = self.timm_forward(grids[0][0] * patch_size)
 
-    def packed_forward(self, packed, forward, attn: str) -> Callable[[], object]:
+    def packed_forward(self, packed, attn: str, checkpointing: bool = False) -> Forward:
         def run():
             packed.config._attn_implementation = attn
-            return forward(self.patches, self.grid_thw)
+            packed.train(checkpointing)
+            if checkpointing:
+                packed.gradient_checkpointing_enable({"use_reentrant": False})
+            yield packed(self.patches, self.grid_thw)
 
         return run
 
-    def timm_forward(self, size: int) -> Callable[[], object]:
+    def timm_forward(self, size: int) -> Forward:
         import timm
 
         config = self.reference.config
@@ -152,14 +165,14 @@ class Candidates:
             num_classes=0,
         )
         model = model.to(self.patches.device, self.reference.dtype).eval()
-        return lambda: model.forward_features(self.groups[0])
+        return lambda: (model.forward_features(images) for images in self.groups)
 
     def largest_difference(self) -> dict[str, float]:
         """Per packed candidate, max |difference| to the loop, over all images."""
         with torch.inference_mode():
             expected = torch.cat([self.reference(image[None]).last_hidden_state[0] for image in self.images])
             return {
-                name: (forward().last_hidden_state - expected).abs().max().item()
+                name: (next(forward()).last_hidden_state - expected).abs().max().item()
                 for name, forward in self.forwards.items()
                 if name.startswith("packed")
             }
@@ -170,20 +183,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(forward: Callable[[], object], device: str) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
-    forward()
+    run()
     synchronize(device)
     return time.perf_counter() - start
 
 
-def peak_memory(forward: Callable[[], object], device: str) -> int | None:
-    """Bytes that one forward adds at its peak, over what lies in memory before it."""
+def step(forward: Forward, train: bool) -> Callable[[], None]:
+    """Runs all of a forward, and in training the backward pass of each output as soon as it is there."""
+
+    def run() -> None:
+        for outputs in forward():
+            if train:
+                features = outputs if isinstance(outputs, torch.Tensor) else outputs.last_hidden_state
+                features.float().square().sum().backward()
+
+    return run
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int | None:
+    """Bytes that one run adds at its peak, over what lies in memory before it."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward()
+        run()
         return torch.cuda.max_memory_allocated() - before
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
@@ -194,7 +219,7 @@ def peak_memory(forward: Callable[[], object], device: str) -> int | None:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
     before = kilobytes("VmRSS")
-    forward()
+    run()
     return (kilobytes("VmHWM") - before) * 1024
 
 
@@ -252,27 +277,28 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(seconds(lambda: a @ b, device) for _ in range(10))
 
 
-def measure_mix(name: str, grids: list[Grid], reference, packed, args: argparse.Namespace, rate: float) -> dict:
-    candidates = Candidates(reference, packed, grids, args)
-    forwards = dict(candidates.forwards)
-    on_cpu = args.device == "cpu"
-    if on_cpu:
-        forwards["matrix products"] = matrix_products(packed, candidates)
-    for forward in forwards.values():
-        forward()  # warms up, compiles
-    times: dict[str, list[float]] = {candidate: [] for candidate in forwards}
+def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, rate: float) -> dict:
+    packed = models[1]
+    candidates = Candidates(models, grids, args)
+    runs = {candidate: step(forward, args.train) for candidate, forward in candidates.forwards.items()}
+    shared = args.device == "cpu" and not args.train
+    if shared:
+        runs["matrix products"] = matrix_products(packed, candidates)
+    for run in runs.values():
+        run()  # warms up, compiles
+    times: dict[str, list[float]] = {candidate: [] for candidate in runs}
     for _ in range(args.repeats):
-        for candidate, forward in forwards.items():
-            times[candidate].append(seconds(forward, args.device))
-    flops, total = model_flops(packed, grids), len(candidates.patches)
+        for candidate, run in runs.items():
+            times[candidate].append(seconds(run, args.device))
+    flops, total = model_flops(packed, grids) * (3 if args.train else 1), len(candidates.patches)
     difference = candidates.largest_difference()
     result: dict = {"mix": name, "images": len(grids), "patches": total, "candidates": {}}
-    for candidate, forward in candidates.forwards.items():
+    for candidate in candidates.forwards:
         median = statistics.median(times[candidate])
-        row = {
+        row: dict = {
             "seconds": median,
             "patches_per_second": total / median,
-            "peak_bytes": peak_memory(forward, args.device),
+            "peak_bytes": peak_memory(runs[candidate], args.device),
             "flops_utilisation": flops / median / rate,
         }
         if candidate.startswith("packed"):
@@ -284,7 +310,7 @@ def measure_mix(name: str, grids: list[Grid], reference, packed, args: argparse.
                 for peer in candidates.forwards
                 if not peer.startswith("packed")
             }
-            if on_cpu:
+            if shared:
                 row["matrix_product_share"] = statistics.median(
                     bare / ours for bare, ours in zip(times["matrix products"], times[candidate], strict=True)
                 )
@@ -292,20 +318,20 @@ def measure_mix(name: str, grids: list[Grid], reference, packed, args: argparse.
     return result
 
 
-def measure_growth(reference, packed, args: argparse.Namespace) -> list[dict]:
+def measure_growth(models, args: argparse.Namespace) -> list[dict]:
     """Time and memory of ever more images of 256 patches."""
     rows = []
     for images in args.growth:
-        candidates = Candidates(reference, packed, [(16, 16)] * images, args)
-        forward = candidates.forwards[f"packed {args.attn[0]}"]
-        forward()
+        candidates = Candidates(models, [(16, 16)] * images, args)
+        run = step(candidates.forwards[f"packed {args.attn[0]}"], args.train)
+        run()
         repeats = max(1, min(args.repeats, 64 // images))
-        times = [seconds(forward, args.device) for _ in range(repeats)]
+        times = [seconds(run, args.device) for _ in range(repeats)]
         rows.append(
             {
                 "patches": images * 256,
                 "seconds_per_patch": statistics.median(times) / (images * 256),
-                "peak_bytes": peak_memory(forward, args.device),
+                "peak_bytes": peak_memory(run, args.device),
             }
         )
     return rows
@@ -371,6 +397,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--attn", nargs="+", default=["sdpa"], help="attn_implementation of the packed model")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of the packed model")
+    parser.add_argument("--train", action="store_true", help="measure forward and backward")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="large")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
@@ -396,20 +423,18 @@ def main() -> None:
         "transformers": transformers.__version__,
         "runs": [],
     }
-    with torch.inference_mode():
+    with torch.set_grad_enabled(args.train):
         for dtype_name in args.dtype:
             dtype = getattr(torch, dtype_name)
-            reference, packed = make_models(args, dtype)
+            models = make_models(args, dtype)
             rate = matrix_rate(args.device, dtype)
             chosen = {name: fill(mixes()[name], args.patches) for name in args.mixes}
             results["runs"].append(
                 {
                     "dtype": dtype_name,
                     "matrix_rate": rate,
-                    "mixes": [
-                        measure_mix(name, grids, reference, packed, args, rate) for name, grids in chosen.items()
-                    ],
-                    "growth": measure_growth(reference, packed, args),
+                    "mixes": [measure_mix(name, grids, models, args, rate) for name, grids in chosen.items()],
+                    "growth": measure_growth(models, args),
                 }
             )
     print_results(results)
