@@ -1,0 +1,73 @@
+"""`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
+
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from reference import ODD_GRIDS, pack, packing_model, random_images, reference_model
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_compiled_model_gives_the_same(attn):
+    packed = packing_model(reference_model(use_head=True), attn=attn)
+    compiled = torch.compile(packed, backend="aot_eager")
+    for grids in (ODD_GRIDS, ODD_GRIDS[:3]):
+        inputs = pack(random_images(grids))
+        with torch.no_grad():
+            ours, expected = compiled(**inputs), packed(**inputs)
+        assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+        assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+
+
+def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
+    """One graph serves every mix; PyTorch's kernel, which needs a GPU, is replaced by one of the same signature."""
+    packed = packing_model(reference_model())
+    attention = sys.modules[sys.modules[type(packed).__module__].packed_attention.__module__]
+
+    def varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        return query + key * cu_seqlens_q[-1] + value * max_seqlen_k
+
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _ in range(20):
+            count = int(torch.randint(2, 12, (), generator=generator))
+            grids = [tuple(torch.randint(1, 20, (2,), generator=generator).tolist()) for _ in range(count)]
+            inputs = pack(random_images(grids))
+            layout = packed.prepare_layout(inputs["grid_thw"])
+            embedded = packed.embeddings(inputs["hidden_states"], layout)
+            ours = encoder(embedded, layout).last_hidden_state
+            assert torch.allclose(ours, packed.encoder(embedded, layout).last_hidden_state, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_the_encoder_exports_for_one_layout():
+    """A layout is part of the exported program: batches of the same grids run through it."""
+    packed = packing_model(reference_model())
+    inputs = pack(random_images(ODD_GRIDS))
+    layout = packed.prepare_layout(inputs["grid_thw"])
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = packed.encoder
+
+        def forward(self, embedded):
+            return self.encoder(embedded, layout).last_hidden_state
+
+    with torch.no_grad():
+        embedded = packed.embeddings(inputs["hidden_states"], layout)
+        exported = torch.export.export(Encoder(), (embedded,)).module()
+        other = packed.embeddings(pack(random_images(ODD_GRIDS))["hidden_states"], layout)
+        assert (exported(other) - packed.encoder(other, layout).last_hidden_state).abs().max() < 1e-5
