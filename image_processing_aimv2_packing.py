@@ -297,6 +297,14 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
 
     unpack_features = staticmethod(unpack_features)
 
+    @property
+    def padding_value(self):
+        # Pipelines read this only to batch, by rules that would cut packed patches up wrongly without a word.
+        raise ValueError(
+            "A pipeline cannot batch packed patches: leave `batch_size` at 1, or call the processor on a list of "
+            "images and the model on the result."
+        )
+
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """
         Patches of an image of `height` x `width` pixels, without the image: what a batch sampler needs to know.
