@@ -1,5 +1,6 @@
 """What the tests of training and of extraction at scale share: a model repo on disk, and several processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ from reference import REPO, packing_model, reference_model
 def make_model_repo(folder: Path, **config) -> Path:
     """A small model repo with random weights and its code, as `convert_weights.py` would leave it."""
     packing_model(reference_model(**config)).save_pretrained(folder)
-    for file in REPO.glob("*_aimv2_packing.py"):
+    for file in [*REPO.glob("*_aimv2_packing.py"), REPO / "preprocessor_config.json"]:
         shutil.copy(file, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = json.loads((REPO / "config.json").read_text())["auto_map"]
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
