@@ -41,7 +41,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from tqdm import tqdm
@@ -71,6 +71,7 @@ IMAGE_SUFFIXES = (
 # Folder of files that are being written; its name hides it from readers of the Parquet files.
 UNFINISHED = "_unfinished"
 SETTINGS = "_settings.json"
+LOCK = "_lock"
 
 # Of images on their way from one stage to the next; Ray joins small blocks and waits when too many lie about.
 BYTES_PER_BLOCK = 32 * 2**20
@@ -520,7 +521,7 @@ def features(
             batch_size=None,
             batch_format="pyarrow",
             fn_constructor_args=(settings,),
-            concurrency=(1, max(1, cpus)),
+            concurrency=(1, max(1, cpus - num_workers)),
             num_cpus=share,
         )
         .map_batches(
@@ -548,9 +549,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: the input holds nothing.
-        ValueError: an argument does not fit the model, the input or what is in the output.
+        ValueError: an argument does not fit the model, the input or what is in the output, or another run is writing
+            to the output.
         RuntimeError: the output has not one row for each image, because the input has changed.
-        filelock.Timeout: another run is writing to the output.
     """
     kind, files = list_input(arguments.input)
     input_fs, input_path = fsspec.core.url_to_fs(arguments.input)
@@ -560,7 +561,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pooling == "head" and not config.use_head:
         raise ValueError(f"`--pooling head` needs a model with a head, got {model}, which has none: give mean.")
     # An image processor that cannot be loaded is an error here, not in a worker.
-    load_processor(model, str(CODE))
+    processor = load_processor(model, str(CODE))
+    side = (processor.image_size or 0) // processor.patch_size
+    largest = side**2 or processor.max_patches
+    if arguments.patches_per_batch < largest:
+        raise ValueError(
+            "`--patches-per-batch` must hold any image, and the image processor makes at most "
+            f"{largest} patches of one, got {arguments.patches_per_batch}."
+        )
     settings = Settings(
         model=model,
         input=input_fs.unstrip_protocol(input_path),
@@ -577,7 +585,10 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         fs.makedirs(f"{output}/{UNFINISHED}", exist_ok=True)
         if isinstance(fs, LocalFileSystem):
-            stack.enter_context(FileLock(f"{output}/{UNFINISHED}.lock", blocking=False))
+            try:
+                stack.enter_context(FileLock(f"{output}/{LOCK}", blocking=False))
+            except Timeout as error:
+                raise ValueError(f"`--output` {output} is being written by another run.") from error
         stack.callback(fs.rm, f"{output}/{UNFINISHED}", recursive=True)
         check_settings(fs, output, settings)
         done = read_done(fs, output)
