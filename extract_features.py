@@ -320,18 +320,6 @@ def output_schema(hidden_size: int, settings: Settings) -> pa.Schema:
     return pa.schema(fields)
 
 
-def pack(lengths: list[int], budget: int) -> Iterator[slice]:
-    """Neighbours that together have at most `budget` patches; an image of more is alone."""
-    first, total = 0, 0
-    for index, length in enumerate(lengths):
-        if index > first and total + length > budget:
-            yield slice(first, index)
-            first, total = index, 0
-        total += length
-    if lengths:
-        yield slice(first, len(lengths))
-
-
 class Encoder:
     """Ray Data stage: `PATCH_SCHEMA` to rows of the output, one copy of the model per GPU or share of the CPUs."""
 
@@ -344,6 +332,7 @@ class Encoder:
         self.patches_per_batch = patches_per_batch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(settings.model, os.getcwd(), settings.dtype).to(self.device)
+        self.sampler_class = local_class("batching_aimv2_packing.PatchBudgetBatchSampler", os.getcwd())
         self.schema = output_schema(self.model.config.hidden_size, settings)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -361,7 +350,8 @@ class Encoder:
         grids = torch.tensor(table["grid_thw"].to_pylist())
         lengths = grids.prod(1)
         previous = None
-        for batch in pack(lengths.tolist(), self.patches_per_batch):
+        for indices in self.sampler_class(lengths.tolist(), self.patches_per_batch):
+            batch = slice(indices[0], indices[-1] + 1)
             start, stop = (int(offsets[i]) // values.element_size() for i in (batch.start, batch.stop))
             hidden_states = values[start:stop].view(int(lengths[batch].sum()), -1)
             # The device works on this batch while the one before becomes a table.

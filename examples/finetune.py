@@ -10,7 +10,7 @@ patches:
 
 Run it again and it goes on from the last checkpoint; with `--fsdp` the checkpoints hold the model alone, which is all
 that Trainer saves of a model that was divided when it was loaded. The images are the handwritten digits of
-scikit-learn, each enlarged to a size and an aspect ratio of its own; `--model` takes a model repo to begin with instead
+scikit-learn, enlarged to many sizes and aspect ratios; `--model` takes a model repo to begin with instead
 of a small model with random weights.
 """
 
@@ -69,28 +69,35 @@ class Aimv2PackingForImageClassification(PreTrainedModel):
 
 
 class Digits(Dataset):
-    """The images whose number modulo 5 is in `remainders`: four fifths to train on, one to test with."""
+    """
+    The digits whose number modulo 5 is in `remainders`: four fifths to train on, one to test with. Each is there
+    `copies` times, every time at another size, aspect ratio and angle.
+    """
 
-    def __init__(self, processor, remainders: set[int]):
+    def __init__(self, processor, remainders: set[int], copies: int):
         self.processor = processor
         images, labels = load_digits(return_X_y=True)
-        self.indices = [index for index in range(len(images)) if index % 5 in remainders]
-        self.images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.labels = labels
-        self.sizes = np.random.default_rng(0).integers(42, 113, (len(images), 2)).tolist()
+        generator = np.random.default_rng(0)
+        self.images, self.labels, self.sizes, self.angles = [], [], [], []
+        for index in range(len(images)):
+            if index % 5 in remainders:
+                digit = Image.fromarray((images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8))
+                self.images += [digit] * copies
+                self.labels += [int(labels[index])] * copies
+                self.sizes += generator.integers(42, 85, (copies, 2)).tolist()
+                self.angles += generator.uniform(-15, 15, copies).tolist()
 
     def num_patches(self) -> list[int]:
         """Known from the sizes, before any image is read."""
-        return [self.processor.get_number_of_image_patches(*self.sizes[index]) for index in self.indices]
+        return [self.processor.get_number_of_image_patches(*size) for size in self.sizes]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.images)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        index = self.indices[item]
-        height, width = self.sizes[index]
-        image = Image.fromarray(self.images[index]).resize((width, height), Image.Resampling.BICUBIC)
-        return {**self.processor(image, return_tensors="pt"), "labels": torch.tensor([self.labels[index]])}
+        height, width = self.sizes[item]
+        image = self.images[item].resize((width, height), Image.Resampling.BICUBIC).rotate(self.angles[item])
+        return {**self.processor(image, return_tensors="pt"), "labels": torch.tensor([self.labels[item]])}
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -138,10 +145,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and the trained model")
     parser.add_argument("--model", help="model repo to begin with; by default a small model with random weights")
     parser.add_argument("--fsdp", action="store_true", help="divide the model among the processes of torchrun")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--patches-per-batch", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--save-steps", type=int, default=250)
+    parser.add_argument("--patches-per-batch", type=int, default=512)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     return parser.parse_args()
 
 
@@ -150,16 +158,16 @@ def main() -> None:
     # Before the model: this also joins the processes that torchrun has started.
     training = TrainingArguments(
         output_dir=arguments.output,
-        num_train_epochs=arguments.epochs,
+        max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         warmup_steps=20,
         lr_scheduler_type="cosine",
         weight_decay=0.05,
-        save_strategy="epoch",
+        save_steps=arguments.save_steps,
         save_only_model=arguments.fsdp,
         save_total_limit=2,
-        logging_steps=20,
+        logging_steps=max(1, arguments.steps // 40),
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
@@ -177,12 +185,12 @@ def main() -> None:
     distributed = {"distributed_config": DistributedConfig(fsdp_size=training.world_size)} if arguments.fsdp else {}
     model = Aimv2PackingForImageClassification.from_pretrained(start, num_labels=NUM_CLASSES, **distributed)
 
-    processor = Aimv2PackingImageProcessor(min_patches=9, max_patches=64)
+    processor = Aimv2PackingImageProcessor(min_patches=9, max_patches=36)
     trainer = PackedTrainer(
         model,
         training,
-        train_dataset=Digits(processor, {0, 1, 2, 3}),
-        eval_dataset=Digits(processor, {4}),
+        train_dataset=Digits(processor, {0, 1, 2, 3}, copies=4),
+        eval_dataset=Digits(processor, {4}, copies=1),
         compute_metrics=accuracy,
         callbacks=[NewOrderEachEpoch()],
         patches_per_batch=arguments.patches_per_batch,
