@@ -2,27 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image processor of the packed AIMv2 encoder: images of any sizes in, `hidden_states` and `grid_thw` out."""
 
-import base64
 import math
 import os
-from io import BytesIO
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
-from huggingface_hub.utils import get_session
+from torch.utils.data import default_collate
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorKwargs,
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
 from transformers.utils import is_torchvision_available
+
+from .batching_aimv2_packing import PatchBudgetBatchSampler, unpack_features
+from .image_loading_aimv2_packing import checked_array, open_image, upright_image
 
 
 # Of smart_resize; beyond it the shortest edge's enlargement would also exhaust the memory.
@@ -71,104 +72,9 @@ def native_grid(height: int, width: int, patch_size: int, min_patches: int, max_
     return rows, columns
 
 
-def open_image(source: str) -> PIL.Image.Image:
-    """
-    The decoded image at a path, a URL or in base64, in its own mode: unlike transformers' `load_image`, which converts
-    it, so that transparency and 16-bit values are still there for the processor.
-
-    Raises:
-        ValueError: `source` is none of these.
-        OSError: the file holds no image, or a broken one (`PIL.UnidentifiedImageError` is one).
-        `httpx.HTTPError`: the URL cannot be read.
-    """
-    file: str | BytesIO
-    if source.startswith(("http://", "https://")):
-        file = BytesIO(get_session().get(source, follow_redirects=True).raise_for_status().content)
-    elif os.path.exists(source):
-        file = source
-    else:
-        try:
-            file = BytesIO(base64.b64decode(source.removeprefix("data:image/").split(",")[-1], validate=True))
-        except ValueError as error:
-            given = source if len(source) <= 200 else source[:200] + "..."
-            raise ValueError(f"An image must be a path, a URL or base64, got {given!r}, which is no file.") from error
-    with PIL.Image.open(file) as image:
-        # Before the file is closed; thousands of lazy images would exhaust the file handles.
-        image.load()
-    return image
-
-
-def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
-    """
-    The image turned as its EXIF orientation says, with at most 8 bits per channel.
-
-    Raises:
-        ValueError: the mode has no defined range (`"I"`, `"F"`).
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"An image of mode {image.mode!r} has no defined range of values: convert it to 'L', 'RGB' or 'I;16', or "
-            "give an array."
-        )
-    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
-        image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # PIL's own conversion cuts every value above 255 off.
-        values = np.asarray(image).astype(np.uint32)
-        image = PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    return image
-
-
-def checked_array(
-    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, do_rescale: bool
-) -> torch.Tensor:
-    """
-    The array as `(channels, height, width)`: uint8, or floating-point as it was.
-
-    Raises:
-        ValueError: not `(height, width)`, `(channels, height, width)` or `(height, width, channels)`; values that are
-            not finite, or not in the range of their dtype (0 to 65535 for uint16, else 0 to 255).
-    """
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    if image.ndim != 3 or image.numel() == 0:
-        raise ValueError(
-            "An image must be an array of shape (height, width), (channels, height, width) or (height, width, "
-            f"channels), none of them 0, got shape {tuple(image.shape)}."
-        )
-    if input_data_format is None:
-        channels = (1, 3, 4)
-        if image.shape[0] in channels and image.shape[2] in channels:
-            raise ValueError(
-                f"The shape {tuple(image.shape)} of an image does not tell which dimension holds the channels: give "
-                "`input_data_format`, 'channels_first' or 'channels_last'."
-            )
-        input_data_format = infer_channel_dimension_format(image, num_channels=channels)
-    if input_data_format == ChannelDimension.LAST:
-        image = image.permute(2, 0, 1)
-
-    if image.is_floating_point():
-        low, high = (bound.item() for bound in image.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("An image must hold finite values, got NaN or infinity.")
-        if do_rescale and low >= 0 and 0 < high <= 1:
-            raise ValueError(
-                f"An image holds floats from {low:.4g} to {high:.4g}, which `do_rescale` would divide by "
-                "255 once more: give `do_rescale=False`."
-            )
-        return image
-    if image.dtype == torch.uint8:
-        return image
-    if image.dtype == torch.bool or image.is_complex():
-        raise ValueError(f"An image must hold integers or floats, got {image.dtype}.")
-    sixteen_bit = image.dtype == torch.uint16
-    image = image.to(torch.int64)
-    low, high = (int(bound) for bound in image.aminmax())
-    if sixteen_bit:
-        image = (image + 128) // 257
-    elif low < 0 or high > 255:
-        raise ValueError(f"An image of integers must hold 0 to 255 (uint16: 0 to 65535), got {low} to {high}.")
-    return image.to(torch.uint8)
+def is_video(value: Any) -> bool:
+    """Whether this element of a list is a video rather than a frame."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4)
 
 
 class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
@@ -299,6 +205,105 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
             hidden_states = hidden_states.to(torch.float32)
         data = {"hidden_states": hidden_states, "grid_thw": features["image_grid_thw"]}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def preprocess_videos(self, videos, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+        """
+        Turns videos into packed patches, one row of `grid_thw` per video. A frame is treated exactly as an image is.
+
+        Args:
+            videos: One video or a list of them. A video is a list of frames, each whatever this processor takes for an
+                image, or an array of shape `(t, channels, height, width)` or `(t, height, width, channels)`, such as
+                [`~transformers.video_utils.load_video`] decodes from a file.
+            return_tensors (`str`, *optional*): As for images.
+            kwargs: As for images; `max_patches` holds for a frame.
+
+        Returns:
+            [`~transformers.BatchFeature`]: `hidden_states` of shape `(total_patches, channels * patch_size**2)`, frame
+            by frame, and `grid_thw` of shape `(num_videos, 3)`.
+
+        Raises:
+            ValueError: a video has no frames, or frames of different sizes; or as for images.
+        """
+        if isinstance(videos, (np.ndarray, torch.Tensor)):
+            videos = videos if videos.ndim == 5 else [videos]
+        elif not any(is_video(video) for video in videos):
+            videos = [videos]
+        elif not all(is_video(video) for video in videos):
+            raise ValueError("`videos` must be frames or videos, got a list of both.")
+        lengths = [len(video) for video in videos]
+        for index, length in enumerate(lengths):
+            if not length:
+                raise ValueError(f"A video must have at least one frame, got none for video {index}.")
+        inputs = self.preprocess([frame for video in videos for frame in video], **kwargs)
+        grids = np.asarray(inputs["grid_thw"])
+        first = np.cumsum([0, *lengths])
+        for index, (start, stop) in enumerate(pairwise(first)):
+            if (grids[start:stop] != grids[start]).any():
+                sizes = sorted({(h, w) for _, h, w in grids[start:stop].tolist()})
+                raise ValueError(f"The frames of a video must have one size, got grids {sizes} for video {index}.")
+        grid_thw = np.column_stack([lengths, grids[first[:-1], 1:]])
+        data = {"hidden_states": inputs["hidden_states"], "grid_thw": grid_thw}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def collate(self, examples: list, image_column: str = "image", **kwargs) -> dict[str, Any]:
+        """
+        Makes one packed batch of a dataset's examples: the `collate_fn` of a [`~torch.utils.data.DataLoader`].
+
+        Args:
+            examples (`list`): Images, or dictionaries that hold one, as those of the library datasets.
+            image_column (`str`, *optional*, defaults to `"image"`): The key of the image.
+            kwargs: As for images.
+
+        Returns:
+            `dict`: `hidden_states`, `grid_thw`, and every other column as
+            [`~torch.utils.data.default_collate`] makes it.
+
+        Raises:
+            ValueError: an example has no `image_column`, or a column called as one of the outputs.
+        """
+        columns: dict[str, Any] = {}
+        if all(isinstance(example, Mapping) for example in examples):
+            names = set(examples[0]) if examples else set()
+            if image_column not in names or not names.isdisjoint(self.model_input_names):
+                raise ValueError(
+                    f"Examples must have the column `image_column`, {image_column!r}, and none of "
+                    f"{self.model_input_names}, got {sorted(names)}."
+                )
+            columns = default_collate([{k: v for k, v in row.items() if k != image_column} for row in examples])
+            examples = [example[image_column] for example in examples]
+        return {**columns, **self.preprocess(examples, return_tensors="pt", **kwargs)}
+
+    def batch_sampler(
+        self,
+        image_sizes: Iterable[tuple[int, int]],
+        max_patches_per_batch: int,
+        images_kwargs: dict | None = None,
+        **kwargs,
+    ) -> PatchBudgetBatchSampler:
+        """
+        Batches of about the same number of patches: the `batch_sampler` of a [`~torch.utils.data.DataLoader`].
+
+        Args:
+            image_sizes (iterable of `(height, width)`): Of each image of the dataset, in pixels.
+            max_patches_per_batch (`int`): The budget.
+            images_kwargs (`dict`, *optional*): Arguments for images that `collate` is called with too.
+            kwargs: `shuffle`, `seed`, `num_replicas`, `rank` and `drop_last` of [`PatchBudgetBatchSampler`].
+
+        Raises:
+            ValueError: an image exceeds the budget, or has a side more than 200 times the other.
+        """
+        num_patches = [self.get_number_of_image_patches(*size, images_kwargs) for size in image_sizes]
+        return PatchBudgetBatchSampler(num_patches, max_patches_per_batch, **kwargs)
+
+    unpack_features = staticmethod(unpack_features)
+
+    @property
+    def padding_value(self):
+        # Pipelines read this only to batch, by rules that would cut packed patches up wrongly without a word.
+        raise ValueError(
+            "A pipeline cannot batch packed patches: leave `batch_size` at 1, or call the processor on a list of "
+            "images and the model on the result."
+        )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """
