@@ -390,7 +390,8 @@ def write(table: pa.Table, folder: str) -> pa.Table:
     fs, path = fsspec.core.url_to_fs(folder)
     name = f"{uuid.uuid4().hex}.parquet"
     with fs.open(f"{path}/{UNFINISHED}/{name}", "wb") as file:
-        pq.write_table(table, file)
+        # No value comes twice: a dictionary of them takes an eighth more.
+        pq.write_table(table, file, use_dictionary=False)
     grids = np.array(table["grid_thw"].drop_null().to_pylist(), dtype=np.int64).reshape(-1, 3)
     errors = len(table) - table["error"].null_count
     summary = {"file": name, "images": len(table), "errors": errors, "patches": int(grids.prod(1).sum())}
