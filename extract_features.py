@@ -445,6 +445,12 @@ def check_settings(fs: fsspec.AbstractFileSystem, path: str, settings: Settings)
             )
 
 
+def remove_unfinished(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    # An object store has no empty folders.
+    if fs.exists(f"{path}/{UNFINISHED}"):
+        fs.rm(f"{path}/{UNFINISHED}", recursive=True)
+
+
 def count_rows(fs: fsspec.AbstractFileSystem, files: list[str], settings: Settings) -> int:
     """
     Rows of the Parquet files of the input.
@@ -470,7 +476,8 @@ def start_ray(address: str | None) -> None:
         for file in CODE.glob("*_aimv2_packing.py"):
             shutil.copy(file, code)
         runtime_env = {"working_dir": code}
-        ray.init(address=address or "local", runtime_env=runtime_env, logging_level="error", include_dashboard=False)
+        options = {"address": address} if address else {"address": "local", "num_cpus": max(2, os.cpu_count() or 1)}
+        ray.init(**options, runtime_env=runtime_env, logging_level="error", include_dashboard=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -488,10 +495,14 @@ def features(
     resources = ray.cluster_resources()
     cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
     num_workers = arguments.num_workers or gpus or 1
-    # Half of the CPUs is left for the stages before the model, which would wait for each other on a small machine.
-    share = min(1.0, cpus / 4)
+    if gpus and num_workers > gpus:
+        raise ValueError(f"`--num-workers` must be at most the number of GPUs, {gpus}, got {num_workers}.")
+    # Actors keep their shares of the CPUs; a whole one must stay free, for Ray's repartition, or nothing is written
+    # before all is encoded. The shares only guide Ray: they limit no threads.
+    share = min(1.0, cpus / 8)
+    encoder = {"num_gpus": 1, "num_cpus": share} if gpus else {"num_cpus": cpus / 4 / num_workers}
+    preprocessors = max(1, int((cpus - num_workers * encoder["num_cpus"] - 1 - share) / share))
     rows_per_file = arguments.rows_per_file or (128 if settings.patch_features else 1024)
-    encoder = {"num_gpus": 1, "num_cpus": share} if gpus else {"num_cpus": cpus / 2 / num_workers}
 
     per_block = 1 if kind != "image" else max(1, min(FILES_PER_BLOCK, len(files) // (4 * num_workers)))
     blocks = [
@@ -512,7 +523,7 @@ def features(
             batch_size=None,
             batch_format="pyarrow",
             fn_constructor_args=(settings,),
-            concurrency=(1, max(1, cpus - num_workers)),
+            concurrency=(1, preprocessors),
             num_cpus=share,
         )
         .map_batches(
@@ -580,7 +591,7 @@ def run(arguments: argparse.Namespace) -> None:
                 stack.enter_context(FileLock(f"{output}/{LOCK}", blocking=False))
             except Timeout as error:
                 raise ValueError(f"`--output` {output} is being written by another run.") from error
-        stack.callback(fs.rm, f"{output}/{UNFINISHED}", recursive=True)
+        stack.callback(remove_unfinished, fs, output)
         check_settings(fs, output, settings)
         done = read_done(fs, output)
         if len(done) == total:
