@@ -40,6 +40,12 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
         "encoder.layers.*.ffn.down_proj": "rowwise",
     }
 
+    # One all-gather per layer; without a plan of its own, the whole model would be gathered at once.
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+        "embeddings": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+    }
+
     patch_layout: Literal["channels_first", "channels_last"] = "channels_first"
     merge_temporal: bool = False
 

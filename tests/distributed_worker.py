@@ -1,0 +1,115 @@
+"""
+One rank of a training step under each strategy in turn: `torchrun --nproc-per-node=2 distributed_worker.py MODEL
+OUTPUT`. Rank 0 leaves the gradients, the trained checkpoint and what it held in OUTPUT/STRATEGY.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from reference import ODD_GRIDS, Aimv2PackingModel, pack, random_images
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
+
+
+STRATEGIES = ("fsdp", "fsdp_checkpointing", "fsdp_config", "tp", "ddp_empty", "ddp_lora")
+LEARNING_RATE = 0.1
+
+
+def batch_of(rank: int) -> dict[str, torch.Tensor]:
+    """Another batch on every rank: other images, and another number of them."""
+    torch.manual_seed(100 + rank)
+    return pack(random_images(ODD_GRIDS if rank == 0 else ODD_GRIDS[3:6]))
+
+
+def empty_batch() -> dict[str, torch.Tensor]:
+    return {"hidden_states": torch.empty(0, 588), "grid_thw": torch.empty(0, 3, dtype=torch.int64)}
+
+
+def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(**batch)
+    features = output.last_hidden_state
+    probe = torch.arange(features.shape[1]).cos()
+    loss = torch.tanh(features @ probe).sum()
+    return loss if output.pooler_output is None else loss + torch.tanh(output.pooler_output @ probe).sum()
+
+
+def add_lora(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(7)
+    targets = ["q_proj", "v_proj", "gate_proj"]
+    # The default start, where the adapters are the identity, would hide half of the gradients.
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone().contiguous()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole gradients by the name of their parameter; a parameter without one is missing."""
+    return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    for layer in model.encoder.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def train(strategy: str, folder: str, output: Path) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batch = batch_of(0 if strategy == "tp" else rank)
+    state_dict = None
+
+    if strategy in ("fsdp_config", "tp"):
+        axis = "tp_size" if strategy == "tp" else "fsdp_size"
+        model = Aimv2PackingModel.from_pretrained(folder, distributed_config=DistributedConfig(**{axis: size}))
+    else:
+        model = Aimv2PackingModel.from_pretrained(folder)
+    model.train()
+    if strategy == "fsdp_checkpointing":
+        model.gradient_checkpointing_enable()
+    if strategy in ("fsdp", "fsdp_checkpointing"):
+        shard(model)
+    if strategy == "ddp_lora":
+        model = add_lora(model)
+    if strategy == "ddp_empty" and rank == 1:
+        batch = empty_batch()
+    wrapped = DistributedDataParallel(model) if strategy.startswith("ddp") else model
+
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
+    loss_of(wrapped, batch).backward()
+    grads = gradients(model)
+    optimizer.step()
+
+    if strategy in ("fsdp", "fsdp_checkpointing"):
+        state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # Every rank takes part: transformers gathers what it has sharded itself, and writes on the first rank.
+    if strategy in ("fsdp_config", "tp") or rank == 0:
+        model.save_pretrained(output / "checkpoint", state_dict=state_dict)
+    if rank == 0:
+        save_file(grads, output / "gradients.safetensors")
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+        units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+        (output / "state.json").write_text(json.dumps({"held": held, "units": units}))
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for strategy in STRATEGIES:
+        output = Path(sys.argv[2]) / strategy
+        output.mkdir(exist_ok=True)
+        train(strategy, sys.argv[1], output)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
