@@ -34,12 +34,12 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     work, previous = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.parent, wait=True):
-        restore(previous, target)
-        check_target(target, overwrite)
         if work.exists():
             with locked(work, wait=False):
                 remove(work)
+        restore(previous, target)
         remove(previous)
+        check_target(target, overwrite)
         work.mkdir()
         lock = open_locked(work, wait=False)
     try:
@@ -74,12 +74,17 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def replace(work: Path, target: Path, previous: Path) -> None:
     """Puts `work` in the place of the existing `target`; the old content is then at `work` or at `previous`."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 and not renameat2(AT_FDCWD, os.fsencode(work), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
-        return
-    # No exchange on this system: a process killed between the two renames leaves `previous` for the next to restore.
-    target.rename(previous)
-    work.rename(target)
+    if not exchange(work, target):
+        # A process killed between the two leaves `previous` for the next one to restore.
+        target.rename(previous)
+        work.rename(target)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Whether two folders have changed places in one step, which only Linux and some file systems can do."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second)
+    return renameat2 is not None and renameat2(*paths, RENAME_EXCHANGE) == 0
 
 
 def open_locked(folder: Path, wait: bool) -> int:

@@ -288,12 +288,11 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
 
     sections = [source_config]
     if not whole:
-        sections = [
-            section
-            for section in nested(source_config)
-            if section.get("model_type") in ENCODER_TYPES
-            or (all(name in section for name in sizes) and not contradictions(section))
-        ]
+        everything = list(nested(source_config))
+        sections = [section for section in everything if section.get("model_type") in ENCODER_TYPES]
+        if not sections:
+            complete = [section for section in everything if all(name in section for name in sizes)]
+            sections = [section for section in complete if not contradictions(section)]
     fitting = [section for section in sections if not contradictions(section)]
     if sections and not fitting:
         name = contradictions(sections[0])[0]

@@ -163,9 +163,7 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     output, source = output.resolve(), source.resolve()
     if source.is_relative_to(output):
         raise ValueError(f"{output} holds the source: choose another folder for the output.")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists. Choose another folder, or replace it with --overwrite.")
-    if output.exists() and not is_converted(output):
+    if overwrite and output.exists() and not is_converted(output):
         raise ValueError(f"{output} is no converted model repo: --overwrite does not replace it. Remove it yourself.")
 
 
