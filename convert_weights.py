@@ -140,9 +140,7 @@ def convert(
     encoder = source.encoder
     check_output(output, source.folder, overwrite)
     with atomic_folder(output, overwrite) as folder:
-        needed = sum(tensor.nbytes for tensor in encoder.tensors.values())
-        if dtype is not None:
-            needed = sum(torch.Size(x.shape).numel() for x in encoder.tensors.values()) * dtype.itemsize
+        needed = sum(tensor.nbytes_as(dtype) for tensor in encoder.tensors.values())
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise ValueError(f"{output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there.")
@@ -191,7 +189,7 @@ def main_dtype(encoder: Encoder) -> torch.dtype:
     """The dtype of most of the weights."""
     sizes: Counter[str] = Counter()
     for tensor in encoder.tensors.values():
-        sizes[tensor.dtype] += tensor.nbytes
+        sizes[tensor.dtype] += tensor.nbytes_as(None)
     return DTYPES[sizes.most_common(1)[0][0]]
 
 

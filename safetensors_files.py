@@ -41,14 +41,14 @@ class StoredTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+    def nbytes_as(self, dtype: torch.dtype | None) -> int:
+        """Size in bytes when cast to `dtype`, or as it is."""
+        return torch.Size(self.shape).numel() * (dtype or DTYPES[self.dtype]).itemsize
 
     def part(self, index: int, parts: int) -> "StoredTensor":
         """Equal part `index` of `parts` along the first dimension, which `parts` must divide."""
         part = self._replace(shape=(self.shape[0] // parts, *self.shape[1:]))
-        return part._replace(offset=self.offset + index * part.nbytes)
+        return part._replace(offset=self.offset + index * part.nbytes_as(None))
 
     def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         """
@@ -58,7 +58,7 @@ class StoredTensor(NamedTuple):
             ValueError: the file ends before the tensor does.
         """
         view = memoryview(buffer.numpy())
-        left = self.nbytes
+        left = self.nbytes_as(None)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             while left:
@@ -227,46 +227,54 @@ def write_checkpoint(
         `list[str]`: Names of the tensors that hold NaN or infinite values as written.
     """
 
-    def written_dtype(tensor: StoredTensor) -> torch.dtype:
-        return dtype or DTYPES[tensor.dtype]
-
-    def written_bytes(tensor: StoredTensor) -> int:
-        return torch.Size(tensor.shape).numel() * written_dtype(tensor).itemsize
-
     split = split_state_dict_into_shards_factory(
         tensors,
-        get_storage_size=written_bytes,
+        get_storage_size=lambda tensor: tensor.nbytes_as(dtype),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    threads = torch.get_num_threads()
+    # Chunks are too small to share out: on a busy machine threads would wait for each other, at ten times the time.
+    torch.set_num_threads(1)
+    try:
+        with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="Writing weights") as progress:
+            not_finite: list[str] = []
+            for file_name, names in split.filename_to_tensors.items():
+                part = {name: tensors[name] for name in names}
+                not_finite += write_file(folder / file_name, part, dtype, progress)
+    finally:
+        torch.set_num_threads(threads)
+    return not_finite
+
+
+def write_file(path: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None, progress: tqdm) -> list[str]:
+    """Writes one file for [`write_checkpoint`], which see, and moves `progress` on by the bytes written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes_as(dtype)
+        dtype_name = tensor.dtype if dtype is None else DTYPE_NAMES[dtype]
+        header[name] = {"dtype": dtype_name, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    # The format asks for data that starts at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    not_finite: list[str] = []
-    with tqdm(total=split.metadata["total_size"], unit="B", unit_scale=True, desc="Writing weights") as progress:
-        for file_name, names in split.filename_to_tensors.items():
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name in names:
-                start, end = end, end + written_bytes(tensors[name])
-                dtype_name = DTYPE_NAMES[written_dtype(tensors[name])]
-                header[name] = {"dtype": dtype_name, "shape": tensors[name].shape, "data_offsets": [start, end]}
-            encoded = json.dumps(header, separators=(",", ":")).encode()
-            # The format asks for data that starts at a multiple of 8 bytes.
-            encoded += b" " * (-len(encoded) % 8)
-            with (folder / file_name).open("wb", buffering=0) as file:
-                file.write(len(encoded).to_bytes(8, "little") + encoded)
-                for name in names:
-                    finite = True
-                    for chunk in tensors[name].chunks(buffer):
-                        values = chunk.to(written_dtype(tensors[name]))
-                        # NaN spreads to the minimum and the maximum: one fast pass shows it, and infinity.
-                        finite = finite and bool(torch.stack(torch.aminmax(values)).isfinite().all())
-                        write_all(file, memoryview(values.view(torch.uint8).numpy()))
-                        progress.update(values.nbytes)
-                    if not finite:
-                        not_finite.append(name)
+    not_finite = []
+    with path.open("wb", buffering=0) as file:
+        write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        for name, tensor in tensors.items():
+            finite = True
+            for chunk in tensor.chunks(buffer):
+                values = chunk if dtype is None else chunk.to(dtype)
+                # NaN spreads to the minimum and the maximum: one fast pass shows it, and infinity.
+                finite = finite and bool(torch.stack(torch.aminmax(values)).isfinite().all())
+                write_all(file, memoryview(values.view(torch.uint8).numpy()))
+                progress.update(values.nbytes)
+            if not finite:
+                not_finite.append(name)
     return not_finite
 
 
