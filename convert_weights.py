@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    snapshot_download,
+    split_state_dict_into_shards_factory,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
@@ -237,8 +244,9 @@ def source_licence(source: Source) -> tuple[dict[str, Any], str]:
     """Fields of the card's front matter, and words, for the licence that the source's own card states."""
     stated: dict[str, Any] = {}
     if (source.folder / "README.md").exists():
+        path = safe_path(source.folder, "README.md")
         try:
-            data = ModelCard.load(safe_path(source.folder, "README.md"), ignore_metadata_errors=True).data.to_dict()
+            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
             stated = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
         except ValueError as error:
             print(f"warning: the card of {source.name} cannot be read: {error}", file=sys.stderr)
@@ -266,6 +274,30 @@ def print_report(report: Report) -> None:
     print(f"Verdict: {'passed' if report.passed else 'FAILED'}.\n")
 
 
+def shard_size(value: str) -> str:
+    try:
+        split_state_dict_into_shards_factory(
+            {}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be like 5GB or 500MB: {error}") from error
+    return value
+
+
+def usable_device(value: str) -> str:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{value} cannot be used here: {str(error).splitlines()[0]}") from error
+    return value
+
+
+def existing_file(value: str) -> Path:
+    if not Path(value).is_file():
+        raise argparse.ArgumentTypeError(f"{value} is no file")
+    return Path(value)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Hub id, folder, .safetensors file or index: any AIMv2 checkpoint")
@@ -276,7 +308,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     group.add_argument("--prefix", help="what the names of the encoder's tensors begin with, where several fit")
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
-    group.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
+    group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
     group.add_argument(
         "--overwrite", action="store_true", help="replace an earlier conversion, once this one is complete"
     )
@@ -285,8 +317,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--verify", action="store_true", help="compare with the original model; exit code 1 if it differs"
     )
     group.add_argument("--reference", help="compare with this checkpoint (Hub id, folder or file) instead of SOURCE")
-    group.add_argument("--images", nargs="+", type=Path, help="compare on these (default: photographs and ten sizes)")
-    group.add_argument("--device", default="cpu", help="where to compare, like cuda (default: cpu)")
+    group.add_argument("--images", nargs="+", type=existing_file, help="default: photographs and ten sizes")
+    group.add_argument("--device", type=usable_device, default="cpu", help="where to compare, like cuda (default: cpu)")
     group.add_argument("--report", type=Path, help="write the comparison to this JSON file too")
     group = parser.add_argument_group("uploading")
     group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the converted repo in one commit")
