@@ -114,7 +114,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     if files[0].endswith(".json"):
         index = read_json(Path(hf_hub_download(repo_id, files[0], revision=info.sha)))
         files += sorted(set(map(str, index.get("weight_map", {}).values())))
-    wanted = [*files, "config.json", "README.md", "LICENSE*", *(path.name for path in CODE_FILES)]
+    wanted = [*files, "*.json", "README.md", "LICENSE*", "WEIGHTS_LICENSE*", *(path.name for path in CODE_FILES)]
     return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted)), str(info.sha)
 
 

@@ -50,8 +50,8 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
                 commit_folder(api, folder, repo_id, branch)
                 break
             except (httpx.TransportError, HfHubHTTPError) as error:
-                passing = not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500
-                if not passing or attempt == ATTEMPTS:
+                refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+                if refused or attempt == ATTEMPTS:
                     raise
                 print(f"The upload was interrupted ({one_line(error)}); continuing, attempt {attempt + 1}.")
                 time.sleep(2**attempt)
@@ -83,8 +83,12 @@ def commit_folder(api: HfApi, folder: Path, repo_id: str, branch: str | None) ->
     present = api.list_repo_files(repo_id, revision=branch)
     stale = {name for name in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
     deletions = [CommitOperationDelete(name) for name in sorted(stale - {path.name for path in paths})]
-    # Not `upload_folder`, which may split an upload into commits that do not load on their own.
-    api.create_commit(repo_id, [*additions, *deletions], commit_message="Upload packed AIMv2", revision=branch)
+    try:
+        # Not `upload_folder`, which may split an upload into commits that do not load on their own.
+        api.create_commit(repo_id, [*additions, *deletions], commit_message="Upload packed AIMv2", revision=branch)
+    except RuntimeError as error:
+        # What the client makes of any error in one of its uploading threads.
+        raise error.__cause__ or error from None
 
 
 def card_for(card: Path, repo_id: str) -> bytes:

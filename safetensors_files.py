@@ -125,7 +125,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def safe_path(folder: Path, name: str) -> Path:
     """
-    The file `name` of `folder`, with every link resolved.
+    The path of the file `name` of `folder`.
 
     Raises:
         ValueError: it does not exist, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link.
@@ -134,8 +134,8 @@ def safe_path(folder: Path, name: str) -> Path:
     if root.parent.name == "snapshots":
         # A folder of the Hub's cache, whose files are links into the same repo's `blobs`.
         root = root.parent.parent
-    path = (folder / name).resolve()
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not path.is_relative_to(root):
+    path, parts = folder / name, PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(root):
         raise ValueError(f"{name!r} leads out of {folder}: refused.")
     if not path.is_file():
         raise ValueError(f"{folder} lacks the file {name!r}.")
