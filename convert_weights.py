@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +356,7 @@ def run(options: argparse.Namespace) -> None:
         report.model = str(output or options.source)
         print_report(report)
         if options.report:
-            options.report.write_text(json.dumps(asdict(report) | {"passed": report.passed}, indent=2) + "\n")
+            options.report.write_text(report.to_json())
         if not report.passed:
             raise ValueError(f"{report.model} differs from {report.reference}.")
         return report

@@ -13,7 +13,8 @@ from huggingface_hub.utils import httpx
 from safetensors_files import read_json
 
 
-ATTEMPTS = 4
+# Of a whole upload; the client itself repeats each request five times.
+ATTEMPTS = 2
 # What the Hub itself or a person may have put into a repo before its first upload.
 INITIAL_FILES = {".gitattributes", "README.md", "LICENSE"}
 
@@ -54,7 +55,7 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
                 if refused or attempt == ATTEMPTS:
                     raise
                 print(f"The upload was interrupted ({one_line(error)}); continuing, attempt {attempt + 1}.")
-                time.sleep(2**attempt)
+                time.sleep(5)
     except (httpx.TransportError, HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"The upload to {repo_id} failed: {explain(error)}") from error
     return f"{url}/tree/{branch}" if branch else str(url)

@@ -3,10 +3,12 @@
 """Compares a packed model repo with the original model, image by image."""
 
 import filecmp
+import json
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -77,6 +79,16 @@ class Report:
     @property
     def passed(self) -> bool:
         return bool(self.images) and all(image.passed for image in self.images)
+
+    def to_json(self) -> str:
+        """Everything as JSON, which knows no NaN: `null` stands for it."""
+        images = [
+            {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(image).items()}
+            for image in self.images
+        ]
+        bound = self.max_diff_bound if math.isfinite(self.max_diff_bound) else None
+        fields = asdict(self) | {"images": images, "max_diff_bound": bound, "passed": self.passed}
+        return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """The comparisons as a Markdown table."""

@@ -81,7 +81,7 @@ def apple_config(model: torch.nn.Module) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_channels": 3,
-        "patch_size": 14,
+        "patch_size": config.patch_size,
         "qkv_bias": config.qkv_bias,
         "use_bias": config.mlp_bias,
         "rms_norm_eps": config.rms_norm_eps,

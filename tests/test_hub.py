@@ -131,7 +131,16 @@ def test_interrupted_upload_and_rerun(hub, tmp_path, source, inputs):
     shards = sorted(output.glob("*.safetensors"))
     # More than the client and the converter try in one call.
     hub.drop_uploads = 1000
-    first = converter(hub, tmp_path / "a", output, "--push-to-hub", "alice/aimv2")
+    arguments = ["convert_weights.py", str(output), "--push-to-hub", "alice/aimv2"]
+    code = f"""
+        import runpy, sys, time
+
+        # The waits between attempts are too long for a test.
+        time.sleep = lambda seconds: None
+        sys.argv = {arguments!r}
+        runpy.run_path({str(REPO / "convert_weights.py")!r}, run_name="__main__")
+        """
+    first = client(hub, tmp_path / "a", "-c", textwrap.dedent(code))
     assert first.returncode == 1
     assert "continuing, attempt 2" in first.stdout
     assert "the connection broke" in first.stderr and "Run the same command again" in first.stderr
