@@ -68,16 +68,16 @@ class Hub:
         drop_uploads (`int`): How many uploads of an LFS object to cut off, from now on.
         drop_downloads (`int`): How many downloads of an LFS object to cut off half-way.
         fail_commits (`int`): How many commits to answer with status 500.
-        full (`bool`): Whether the account has no storage left.
+        full (`set[str]`): Users who have no storage left.
     """
 
     def __init__(self) -> None:
-        self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
+        self.tokens = {"hf_alice": "alice", "hf_bob": "bob", "hf_carol": "carol"}
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.uploads: list[str] = []
         self.drop_uploads = self.drop_downloads = self.fail_commits = 0
-        self.full = False
+        self.full: set[str] = set()
         handler = type("HubHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -243,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.body())
         if not self.may_write(repo_id):
             return
-        if self.hub.full:
+        if self.user in self.hub.full:
             self.refuse(403, "Private repository storage limit reached, please upgrade your plan")
             return
         objects: list[dict[str, Any]] = []

@@ -17,6 +17,8 @@ from hub_server import Hub, stored
 from reference import REPO, pack, packing_model, random_images, reference_model
 from safetensors.torch import load_file, save_file
 
+from convert_weights import parse_arguments, run
+
 
 @pytest.fixture
 def hub():
@@ -25,8 +27,8 @@ def hub():
     hub.close()
 
 
-def client(hub: Hub, home: Path, *command: str, token: str = "hf_alice") -> subprocess.CompletedProcess:
-    """Runs Python with `command` as a user of `hub` whose caches are in `home`."""
+def client(hub: Hub, home: Path, code: str, *arguments: object, token: str = "hf_alice") -> subprocess.CompletedProcess:
+    """Runs Python code as a user of `hub` whose caches are in `home`."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_ENDPOINT": hub.url,
@@ -37,19 +39,19 @@ def client(hub: Hub, home: Path, *command: str, token: str = "hf_alice") -> subp
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPO),
     }
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def script(hub: Hub, home: Path, code: str, token: str = "hf_alice") -> str:
-    result = client(hub, home, "-c", textwrap.dedent(code), token=token)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def converter(hub: Hub, home: Path, *arguments: object, setup: str = "") -> subprocess.CompletedProcess:
+    """Runs `convert_weights.py` with these arguments, after `setup`."""
+    code = f"import runpy; {setup}; runpy.run_path({str(REPO / 'convert_weights.py')!r}, run_name='__main__')"
+    return client(hub, home, code, *arguments)
 
 
-def converter(hub: Hub, home: Path, *arguments: object, token: str = "hf_alice") -> subprocess.CompletedProcess:
-    return client(hub, home, str(REPO / "convert_weights.py"), *map(str, arguments), token=token)
+def convert(source: Path, output: Path, *arguments: str) -> Path:
+    run(parse_arguments([str(source), str(output), *arguments]))
+    return output
 
 
 @pytest.fixture
@@ -114,33 +116,36 @@ def test_private_upload_and_pinned_download(hub, tmp_path, source, inputs):
     # A download that is cut off is resumed; branch, tag and commit lead to the same.
     repo.tags["v1.0"] = repo.commits[1].oid
     hub.drop_downloads = 2
-    code = LOAD.format(inputs=str(inputs), repo="alice/aimv2", revisions=["packed/v1", "v1.0", repo.commits[1].oid])
-    assert "loaded" in script(hub, tmp_path / "b", code)
+    revisions = ["packed/v1", "v1.0", repo.commits[1].oid]
+    loaded = client(hub, tmp_path / "b", LOAD.format(inputs=str(inputs), repo="alice/aimv2", revisions=revisions))
+    assert "loaded" in loaded.stdout, loaded.stderr
     assert hub.drop_downloads == 0
 
-    for token in ("hf_wrong", "hf_bob", ""):
-        result = client(hub, tmp_path / token / "c", "-c", textwrap.dedent(code), token=token)
-        assert result.returncode != 0
-        assert "alice/aimv2" in result.stderr
-        assert not list((tmp_path / token / "c").rglob("*.safetensors"))
-
-
-def test_interrupted_upload_and_rerun(hub, tmp_path, source, inputs):
-    output = tmp_path / "out"
-    assert converter(hub, tmp_path / "a", source, output, "--max-shard-size", "200KB").returncode == 0
-    shards = sorted(output.glob("*.safetensors"))
-    # More than the client and the converter try in one call.
-    hub.drop_uploads = 1000
-    arguments = ["convert_weights.py", str(output), "--push-to-hub", "alice/aimv2"]
-    code = f"""
-        import runpy, sys, time
-
-        # The waits between attempts are too long for a test.
-        time.sleep = lambda seconds: None
-        sys.argv = {arguments!r}
-        runpy.run_path({str(REPO / "convert_weights.py")!r}, run_name="__main__")
+    strangers = client(
+        hub,
+        tmp_path / "c",
         """
-    first = client(hub, tmp_path / "a", "-c", textwrap.dedent(code))
+        from transformers import AutoModel
+
+        for token in ("hf_wrong", "hf_bob", False):
+            try:
+                AutoModel.from_pretrained("alice/aimv2", revision="packed/v1", trust_remote_code=True, token=token)
+            except OSError as error:
+                print("refused", "alice/aimv2" in str(error))
+        """,
+    )
+    assert strangers.stdout.split() == ["refused", "True"] * 3, strangers.stderr
+    assert not list((tmp_path / "c").rglob("*.safetensors"))
+
+
+def test_interrupted_upload_and_rerun(hub, tmp_path, source):
+    output = convert(source, tmp_path / "out", "--max-shard-size", "200KB")
+    single = convert(source, tmp_path / "single")
+    shards = sorted(output.glob("*.safetensors"))
+    # More than the client and the converter try in one call, without their waits.
+    hub.drop_uploads = 1000
+    no_waits = "import time; time.sleep = lambda seconds: None"
+    first = converter(hub, tmp_path / "a", output, "--push-to-hub", "alice/aimv2", setup=no_waits)
     assert first.returncode == 1
     assert "continuing, attempt 2" in first.stdout
     assert "the connection broke" in first.stderr and "Run the same command again" in first.stderr
@@ -150,35 +155,42 @@ def test_interrupted_upload_and_rerun(hub, tmp_path, source, inputs):
     hub.drop_uploads = 0
     hub.objects[hashlib.sha256(shards[0].read_bytes()).hexdigest()] = shards[0].read_bytes()
     hub.fail_commits = 1
-    second = converter(hub, tmp_path / "a", output, "--push-to-hub", "alice/aimv2")
+    second = client(
+        hub,
+        tmp_path / "a",
+        """
+        import sys
+        from pathlib import Path
+        from hub_upload import push_to_hub
+
+        for folder in sys.argv[1:]:
+            push_to_hub(Path(folder), "alice/aimv2")
+        """,
+        output,
+        output,
+        single,
+    )
     assert second.returncode == 0, second.stderr
-    expected = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in shards[1:])
-    assert sorted(hub.uploads) == expected, "only what is missing goes up"
-    assert len(hub.repos["alice/aimv2"].commits) == 2
-
-    third = converter(hub, tmp_path / "a", output, "--push-to-hub", "alice/aimv2")
-    assert third.returncode == 0, third.stderr
-    assert sorted(hub.uploads) == expected
-    assert len(hub.repos["alice/aimv2"].commits) == 2, "nothing changed, nothing is committed"
-
-    # Other shards take the place of these.
-    assert converter(hub, tmp_path / "a", source, output, "--overwrite", "--push-to-hub", "alice/aimv2").returncode == 0
-    names = hub.repos["alice/aimv2"].commits[-1].files
-    assert [name for name in names if name.startswith("model") and "py" not in name] == ["model.safetensors"]
-    code = LOAD.format(inputs=str(inputs), repo="alice/aimv2", revisions=["main"])
-    assert "loaded" in script(hub, tmp_path / "b", code)
+    assert "attempt 2" in second.stdout
+    expected = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (*shards[1:], single / "model.safetensors")}
+    assert len(hub.uploads) == len(expected) and set(hub.uploads) == expected, "only what is missing goes up"
+    commits = hub.repos["alice/aimv2"].commits
+    assert len(commits) == 3, "where nothing changed, nothing is committed"
+    assert sorted(shard.name for shard in shards) == [x for x in sorted(commits[1].files) if x.endswith(".safetensors")]
+    assert [x for x in commits[2].files if "safetensors" in x] == ["model.safetensors"], "other shards are gone"
 
 
 def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):
-    output = tmp_path / "out"
-    assert converter(hub, tmp_path / "a", source, output).returncode == 0
+    output = convert(source, tmp_path / "out")
     hub.add_repo("alice/llama", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
     hub.add_repo("alice/public", {".gitattributes": b""})
-    printed = script(
+    hub.full = {"carol"}
+    result = client(
         hub,
         tmp_path / "a",
-        f"""
+        """
         import os
+        import sys
         from pathlib import Path
         from hub_upload import push_to_hub
 
@@ -189,50 +201,49 @@ def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):
             ("hf_alice", "alice/llama", False),
             ("hf_alice", "alice/public", True),
             ("hf_alice", "no spaces please", False),
+            ("hf_carol", "carol/x", False),
         ):
             os.environ["HF_TOKEN"] = token
             try:
-                push_to_hub(Path({str(output)!r}), repo_id, private)
+                push_to_hub(Path(sys.argv[1]), repo_id, private)
             except ValueError as error:
                 print("|", " ".join(str(error).split()))
             else:
                 print("| no error")
         """,
+        output,
     )
-    wrong, none, forbidden, taken, public, invalid = printed.split("|")[1:]
+    assert result.returncode == 0, result.stderr
+    wrong, none, forbidden, taken, public, invalid, full = result.stdout.split("|")[1:]
     assert "the token is wrong or has expired" in wrong and "hf auth login" in wrong
     assert "hf auth login" in none
     assert "the token does not allow to write there" in forbidden and "don't have the rights" in forbidden
     assert "The name alice/llama is taken by a repo that is no packed AIMv2 model (model_type 'llama')" in taken
     assert "alice/public exists and is public, but --private was asked for: nothing was uploaded" in public
     assert "no spaces please" in invalid
+    assert "storage is full" in full and "storage limit reached, please upgrade your plan" in full
     assert hub.uploads == []
-
-    hub.full = True
-    full = converter(hub, tmp_path / "a", output, "--push-to-hub", "alice/x")
-    assert full.returncode == 1
-    assert "storage is full" in full.stderr and "storage limit reached, please upgrade your plan" in full.stderr
-    assert "Traceback" not in full.stderr
 
 
 def test_push_to_hub_of_a_loaded_model_and_processor(hub, tmp_path, source, inputs):
-    output = tmp_path / "out"
-    assert converter(hub, tmp_path / "a", source, output).returncode == 0
-    script(
+    pushed = client(
         hub,
         tmp_path / "a",
-        f"""
+        """
+        import sys
         from transformers import AutoImageProcessor, AutoModel
 
-        AutoModel.from_pretrained({str(output)!r}, trust_remote_code=True).push_to_hub("alice/copy")
-        AutoImageProcessor.from_pretrained({str(output)!r}, trust_remote_code=True).push_to_hub("alice/copy")
+        AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("alice/copy")
+        AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("alice/copy")
         """,
+        convert(source, tmp_path / "out"),
     )
-    code = LOAD.format(inputs=str(inputs), repo="alice/copy", revisions=["main"])
-    assert "loaded" in script(hub, tmp_path / "b", code)
+    assert pushed.returncode == 0, pushed.stderr
+    loaded = client(hub, tmp_path / "b", LOAD.format(inputs=str(inputs), repo="alice/copy", revisions=["main"]))
+    assert "loaded" in loaded.stdout, loaded.stderr
 
 
-def test_source_on_the_hub(hub, tmp_path, model, source):
+def test_source_on_the_hub(hub, tmp_path, model):
     checkpoints.save(tmp_path / "shards", checkpoints.apple(model), checkpoints.apple_config(model), shards=2)
     files = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
     files |= {
@@ -255,22 +266,44 @@ def test_source_on_the_hub(hub, tmp_path, model, source):
     assert (output / "WEIGHTS_LICENSE").read_text() == "licence text"
     assert not list((tmp_path / "a").rglob("*.msgpack")) and not list((tmp_path / "a").rglob("modeling_aimv2.py"))
 
-    pickled = converter(hub, tmp_path / "a", "apple/aimv2-tiny", tmp_path / "out2")
-    assert pickled.returncode == 1 and "pickle (pytorch_model.bin)" in pickled.stderr
-    missing = converter(hub, tmp_path / "a", "apple/nothing", tmp_path / "out2")
-    assert missing.returncode == 1 and "apple/nothing" in missing.stderr and "Traceback" not in missing.stderr
+    refused = client(
+        hub,
+        tmp_path / "a",
+        """
+        from convert_weights import read_source
+
+        for source in ("apple/aimv2-tiny", "apple/nothing"):
+            try:
+                read_source(source)
+            except (OSError, ValueError) as error:
+                print("|", error)
+        """,
+    )
+    pickled, missing = refused.stdout.split("|")[1:]
+    assert "pickle (pytorch_model.bin)" in pickled
+    assert "apple/nothing" in missing
 
 
 def test_verifying_a_repo_on_the_hub_does_not_run_its_code(hub, tmp_path, source):
-    output = tmp_path / "out"
-    assert converter(hub, tmp_path / "a", source, output).returncode == 0
+    output = convert(source, tmp_path / "out")
     files = {path.name: path.read_bytes() for path in output.iterdir()}
     hub.add_repo("alice/good", files)
     trap = b"raise SystemExit('the code of the repo was run')"
     hub.add_repo("alice/trap", files | {path: trap for path in files if path.endswith(".py")})
-    good = converter(hub, tmp_path / "b", "alice/good", "--verify", "--reference", source)
-    assert good.returncode == 0, good.stderr
-    assert "Weights: equal, bit by bit." in good.stdout and "Note: the code" not in good.stdout
-    trapped = converter(hub, tmp_path / "b", "alice/trap", "--verify")
-    assert trapped.returncode == 0, trapped.stderr
-    assert "is not this version's, which is compared instead" in trapped.stdout
+    result = client(
+        hub,
+        tmp_path / "b",
+        """
+        import sys
+        from convert_weights import parse_arguments, run
+
+        run(parse_arguments(["alice/good", "--verify", "--reference", sys.argv[1]]))
+        print("-----")
+        run(parse_arguments(["alice/trap", "--verify"]))
+        """,
+        source,
+    )
+    assert result.returncode == 0, result.stderr
+    good, trapped = result.stdout.split("-----")
+    assert "Weights: equal, bit by bit." in good and "Note: the code" not in good
+    assert "is not this version's, which is compared instead" in trapped and "Verdict: passed." in trapped
