@@ -83,19 +83,22 @@ def apple_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     return renamed
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds that a command took, and the most memory that it had resident, in GB."""
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Seconds that a command took, seconds of processor time, and the most memory that it had resident, in GB."""
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        # The peak that the system counts; `getrusage` would count that of this process before it became the command.
+    ended, code, usage = 0, 0, None
+    while not ended:
+        # The peak that the system counts; that of `wait4` includes this process before it became the command.
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
         time.sleep(0.01)
+        ended, code, usage = os.wait4(process.pid, os.WNOHANG)
     seconds = time.perf_counter() - start
-    if process.returncode:
+    process.returncode = os.waitstatus_to_exitcode(code)
+    if process.returncode or usage is None:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return seconds, peak * 1024 / 1e9
+    return seconds, usage.ru_utime + usage.ru_stime, peak * 1024 / 1e9
 
 
 def main() -> None:
@@ -119,21 +122,26 @@ def main() -> None:
         commands["import of the converter"] = [sys.executable, str(REPO / "convert_weights.py"), "--help"]
         commands["convert to bfloat16"] = [*converter, "--dtype", "bfloat16"]
         seconds: dict[str, list[float]] = {name: [] for name in commands}
+        processor: dict[str, list[float]] = {name: [] for name in commands}
         memory: dict[str, float] = dict.fromkeys(commands, 0.0)
         for _ in range(options.repeats):
             for name, command in commands.items():
                 subprocess.run(["rm", "-rf", str(copy), str(output)], check=True)
                 # What earlier runs left to be written must not be paid for by this one.
                 os.sync()
-                taken, peak = timed(command)
+                taken, busy, peak = timed(command)
                 seconds[name].append(taken)
+                processor[name].append(busy)
                 memory[name] = max(memory[name], peak)
-        print("| command | seconds (median) | times `cp` | times `cp` and `sync` | peak memory, GB |")
-        print("|---|---|---|---|---|")
+        print(
+            "| command | seconds (median) | times `cp` | times `cp` and `sync` | processor seconds | peak memory, GB |"
+        )
+        print("|---|---|---|---|---|---|")
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         for name, median in medians.items():
             ratios = " | ".join(f"{median / medians[base]:.2f}" for base in ("cp", "cp and sync"))
-            print(f"| {name} | {median:.1f} | {ratios} | {memory[name]:.2f} |")
+            busy = statistics.median(processor[name])
+            print(f"| {name} | {median:.1f} | {ratios} | {busy:.1f} | {memory[name]:.2f} |")
 
 
 if __name__ == "__main__":

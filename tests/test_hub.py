@@ -43,7 +43,7 @@ def client(hub: Hub, home: Path, code: str, *arguments: object, token: str = "hf
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def converter(hub: Hub, home: Path, *arguments: object, setup: str = "") -> subprocess.CompletedProcess:
+def converter(hub: Hub, home: Path, *arguments: object, setup: str = "pass") -> subprocess.CompletedProcess:
     """Runs `convert_weights.py` with these arguments, after `setup`."""
     code = f"import runpy; {setup}; runpy.run_path({str(REPO / 'convert_weights.py')!r}, run_name='__main__')"
     return client(hub, home, code, *arguments)
