@@ -25,7 +25,7 @@ from configuration_aimv2_packing import Aimv2PackingConfig
 
 REPO = Path(__file__).resolve().parent
 # What a model repo needs to be loaded with `trust_remote_code`.
-CODE_FILES = [REPO / f"{name}_aimv2_packing.py" for name in ("configuration", "modeling", "image_processing")]
+CODE_FILES = sorted(REPO.glob("*_aimv2_packing.py"))
 PHOTOGRAPHS = REPO / "examples" / "photographs"
 # Largest difference, as a part of the reference's largest value where that is above 1, and smallest cosine between
 # the features of a patch: a few times what rounding does to 24 layers in each precision.
