@@ -7,7 +7,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from reference import pack, random_images, reference_model
+from reference import REPO, pack, random_images, reference_model
 from safetensors.torch import load_file
 from transformers import (
     Aimv2Config,
@@ -238,9 +238,7 @@ def test_output_is_a_complete_model_repo(tmp_path):
         "model.safetensors",
         "config.json",
         "preprocessor_config.json",
-        "configuration_aimv2_packing.py",
-        "modeling_aimv2_packing.py",
-        "image_processing_aimv2_packing.py",
+        *(path.name for path in REPO.glob("*_aimv2_packing.py")),
         "LICENSE",
         "WEIGHTS_LICENSE",
         "README.md",
