@@ -145,11 +145,14 @@ def test_killed_at_random_moments(tmp_path, sources, finished):
     assert run_in_child(action) == 0
     duration = time.perf_counter() - start
     killed = 0
-    for _ in range(KILLS or 4):
+    while killed < (KILLS or 4):
         convert(sources[0], output, "--max-shard-size", "5MB", "--overwrite")
-        killed += run_in_child(action, kill_after=draw.uniform(0, duration)) == -signal.SIGKILL
+        if run_in_child(action, kill_after=draw.uniform(0, duration)) == -signal.SIGKILL:
+            killed += 1
+        else:
+            # It was faster than the first, which a busy machine had slowed down.
+            duration *= 0.9
         check_after_kill(sources[1], output, finished[0], finished[1])
-    assert killed >= (KILLS or 4) // 2
     print(f"{killed} killed")
 
 
