@@ -112,7 +112,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rows-per-file", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -131,12 +130,12 @@ def main() -> None:
             patch_features=None,
         )
         os.chdir(REPO)
+        # As many as Ray gets at once, so that a file is finished when its images are encoded, not before.
+        rows_per_file = max(1, min(FILES_PER_BLOCK, arguments.images // (4 * arguments.workers)))
         runs = []
         for repetition in range(arguments.repetitions):
             patches, seconds = plain_loop(settings, Path(folder, f"plain{repetition}"))
-            rate, startup = on_ray(
-                settings, Path(folder, f"ray{repetition}"), arguments.workers, arguments.rows_per_file
-            )
+            rate, startup = on_ray(settings, Path(folder, f"ray{repetition}"), arguments.workers, rows_per_file)
             runs.append(
                 {"plain": patches / seconds, "ray": rate, "ratio": rate * seconds / patches, "startup": startup}
             )
