@@ -252,7 +252,9 @@ def original_features(
     else:
         pixels = patches.view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
     pixel_values = pixels.reshape(1, -1, rows * side, columns * side).to(model.device, model.dtype)
-    outputs = model(pixel_values)
+    # cuDNN's convolutions round float32 to TF32 by default; the packed model's matrix product does not.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        outputs = model(pixel_values)
     pooled = outputs.pooler_output.flatten(0, -2) if config.use_head else pixel_values.new_empty(0, config.hidden_size)
     return torch.cat([outputs.last_hidden_state[0], pooled]).float().cpu()
 
