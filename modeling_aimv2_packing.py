@@ -190,6 +190,19 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+
+class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
+    """AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`]."""
+
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__(config)
+        self.embeddings = Aimv2PackingEmbeddings(config)
+        self.encoder = Aimv2PackingEncoder(config)
+        self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.use_head:
+            self.head = Aimv2PackingAttentionPoolingHead(config)
+        self.post_init()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
@@ -207,19 +220,6 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
                 f"and others are converted by: python convert_weights.py {pretrained_model_name_or_path} OUTPUT_DIR"
             )
         return (model, info) if output_loading_info else model
-
-
-class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
-    """AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`]."""
-
-    def __init__(self, config: Aimv2PackingConfig):
-        super().__init__(config)
-        self.embeddings = Aimv2PackingEmbeddings(config)
-        self.encoder = Aimv2PackingEncoder(config)
-        self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.use_head:
-            self.head = Aimv2PackingAttentionPoolingHead(config)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embed

@@ -12,7 +12,9 @@ Writes one JSON file and one PNG plot per run to `--output`.
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -109,7 +111,7 @@ class Candidates:
     def __init__(self, models, grids: list[Grid], args: argparse.Namespace):
         reference, packed, compiled = models
         patch_size = reference.config.patch_size
-        self.reference = reference
+        self.reference, self.packed = reference, packed
         self.images = [
             torch.randn(3, height * patch_size, width * patch_size, device=args.device, dtype=reference.dtype)
             for height, width in grids
@@ -412,11 +414,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    command = "python benchmarks/throughput.py " + " ".join(
-        f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if name != "output"
-    )
     results: dict = {
-        "command": command,
+        "command": shlex.join(["python", "benchmarks/throughput.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -76,6 +76,23 @@ def test_a_text_and_vision_checkpoint_is_an_error(tmp_path):
         Aimv2PackingModel.from_pretrained(tmp_path)
 
 
+def test_a_new_head_on_top_may_start_from_the_encoder_alone(tmp_path):
+    reference = reference_model()
+    reference.save_pretrained(tmp_path)
+
+    class Classifier(Aimv2PackingModel.__mro__[1]):
+        def __init__(self, config):
+            super().__init__(config)
+            self.aimv2_packing = Aimv2PackingModel(config)
+            self.classifier = torch.nn.Linear(config.hidden_size, 3)
+            self.post_init()
+
+    model, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(model.aimv2_packing.state_dict()[name], value)
+
+
 def test_fresh_weights_follow_the_original_initialisation():
     torch.manual_seed(0)
     model = Aimv2PackingModel(Aimv2PackingModel.config_class(**{**TINY, "hidden_size": 256, "use_head": True}))
