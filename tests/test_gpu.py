@@ -116,7 +116,7 @@ def test_one_device_synchronisation_with_a_grid_on_the_device():
 
 
 # flash-attn-4 4.0.0b36 multiplies the values of the next segment by weights of zero: NaN comes through.
-ISOLATED = [path for path in PATHS if isinstance(path, str) or path.values != ("flash_attention_4",)]
+ISOLATED = PATHS[:-1]
 
 
 @pytest.mark.parametrize("attn", ISOLATED)
