@@ -115,7 +115,7 @@ def test_one_device_synchronisation_with_a_grid_on_the_device():
     assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
 
 
-# flash-attn-4 4.0.0b36 multiplies the values of the next segment by weights of zero: NaN comes through.
+# With flash-attn-4 4.0.0b36 on an H200 a NaN neighbour changed the features; README, "Attention kernels".
 ISOLATED = PATHS[:-1]
 
 
