@@ -225,18 +225,19 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         return self.embeddings.patch_embed
 
     @torch.compiler.disable
-    def prepare_layout(self, grid_thw: torch.Tensor) -> PackedLayout:
+    def prepare_layout(self, grid_thw: torch.Tensor, num_patches: int | None = None) -> PackedLayout:
         """
         Everything that a forward derives from `grid_thw`, computed on the CPU. `forward` calls this itself; call it
         ahead (in a data loader's worker, or outside a compiled region) and pass `layout` instead of `grid_thw`.
 
         Args:
             grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
+            num_patches (`int`, *optional*): How many patches `grid_thw` has to describe.
 
         Raises:
             ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
         """
-        grid_thw = validate_grid_thw(grid_thw)
+        grid_thw = validate_grid_thw(grid_thw, num_patches)
         cu_seqlens = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal)
         lengths = cu_seqlens.diff().tolist()
         if self.config.is_native:
@@ -308,7 +309,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if (grid_thw is None) == (layout is None):
             raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
         if layout is None:
-            layout = self.prepare_layout(validate_grid_thw(grid_thw, num_patches=len(hidden_states)))
+            layout = self.prepare_layout(grid_thw, num_patches=len(hidden_states))
         elif len(layout.position_ids) != len(hidden_states):
             raise ValueError(
                 f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds "
