@@ -1,5 +1,6 @@
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,6 +47,15 @@ def pack(images: list[torch.Tensor], patch_size: int = 14) -> dict[str, torch.Te
         "hidden_states": torch.cat([patchify(image, patch_size) for image in images]),
         "grid_thw": torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
     }
+
+
+def random_mixes(count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Packed batches of 2 to 11 images, each side 1 to 19 patches."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        images = int(torch.randint(2, 12, (), generator=generator))
+        grids = [tuple(torch.randint(1, 20, (2,), generator=generator).tolist()) for _ in range(images)]
+        yield pack(random_images(grids))
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -94,6 +94,20 @@ def test_neighbours_of_equal_length_share_a_call(monkeypatch):
     assert batches == [(3, 6), (1, 25), (1, 6)]
 
 
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(3, 400, 400), (1, 1100, 1100), (5, 1, 700)])
+def test_blocks_of_scores_add_up(batch, queries, keys):
+    """Lengths at which a block holds some heads, or a part of one head's queries; against float64."""
+    packed = packing_model(reference_model())
+    attention = sys.modules[sys.modules[type(packed).__module__].packed_attention.__module__]
+    query = torch.randn(batch, 3, queries, 16).bfloat16()
+    key, value = (torch.randn(batch, 3, keys, 16).bfloat16() for _ in range(2))
+    ours, _ = attention.blocked_attention_forward(None, query, key, value, None, scaling=0.25)
+    weights = (query.double() @ key.double().transpose(2, 3) * 0.25).softmax(-1)
+    expected = (weights @ value.double()).transpose(1, 2)
+    assert ours.shape == expected.shape
+    assert (ours - expected).norm() < 0.01 * expected.norm()
+
+
 def test_memory_grows_with_the_patches_not_with_their_square():
     """Ten times the images may not need the scores of one large sequence: none are ever allocated."""
     packed = packing_model(reference_model(num_hidden_layers=1), attn="eager")

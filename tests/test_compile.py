@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from reference import ODD_GRIDS, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, pack, packing_model, random_images, random_mixes, reference_model
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +39,8 @@ def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _ in range(20):
-            count = int(torch.randint(2, 12, (), generator=generator))
-            grids = [tuple(torch.randint(1, 20, (2,), generator=generator).tolist()) for _ in range(count)]
-            inputs = pack(random_images(grids))
+        for inputs in random_mixes(20):
             layout = packed.prepare_layout(inputs["grid_thw"])
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from reference import ODD_GRIDS, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, pack, packing_model, random_images, random_mixes, reference_model
 from transformers.utils import is_flash_attn_2_available
 
 
@@ -147,12 +147,9 @@ def test_the_encoder_compiles_whole_and_once_for_all_mixes():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
-    generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
-        for _ in range(20):
-            count = int(torch.randint(2, 12, (), generator=generator))
-            grids = [tuple(torch.randint(1, 20, (2,), generator=generator).tolist()) for _ in range(count)]
-            inputs = on_gpu(pack(random_images(grids)))
+        for mix in random_mixes(20):
+            inputs = on_gpu(mix)
             layout = packed.prepare_layout(inputs["grid_thw"]).to("cuda")
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state
