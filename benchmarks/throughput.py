@@ -1,6 +1,6 @@
 """
-Packed AIMv2 against the ways people run it otherwise, in one process: same weights, same images, repetitions of all
-candidates interleaved, ratios per repetition, medians of those.
+Packed AIMv2 against the ways people run it otherwise, in one process: same weights (timm: random ones), same images,
+repetitions of all candidates interleaved, ratios per repetition, medians of those.
 
     python benchmarks/throughput.py                              # CPU, float32 and bfloat16, AIMv2-L width, 4 layers
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --compile
