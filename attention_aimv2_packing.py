@@ -1,9 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Attention inside each segment of a packed batch: how the batch divides, and the kernels that take it."""
-
-from itertools import groupby
-from typing import NamedTuple
+"""Attention inside each segment of a packed batch, and the choice of its kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -12,86 +9,15 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-
-# Where no varlen kernel exists, neighbouring segments of equal length share one attention call up to this many
-# patches: enough to fill the cores, few enough to bound the memory of the scores.
-MAX_PATCHES_PER_CALL = 4096
-
-# Scores that `blocked_attention_forward` holds at a time: 4 MiB in float32.
-SCORES_PER_BLOCK = 1 << 20
+from .layout_aimv2_packing import Segments
+from .linear_aimv2_packing import is_cpu_inference
 
 
-class PackedLayout(NamedTuple):
-    """
-    How a packed batch divides, prepared once per forward by [`Aimv2PackingModel.prepare_layout`]. Attention never
-    crosses a segment: an image is one, a video is one per frame (or one in all with `config.merge_temporal`).
+# Scores that `blocked_attention_forward` holds at a time: 2 MiB in float32.
+SCORES_PER_BLOCK = 1 << 19
 
-    Attributes:
-        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and
-            last the number of patches.
-        max_seqlen (`int`): Patches of the longest segment, 0 for an empty batch.
-        runs (`tuple[tuple[int, int], ...]`): Neighbouring segments of equal length as `(segments, length)`, for
-            attention without a varlen kernel.
-        max_grid_side (`int`): Largest height or width, in patches.
-        position_ids (`torch.Tensor`, int64): With native positions the `(row, column)` of each patch,
-            `(total_patches, 2)`; with learned ones the 16 learned positions that bicubic interpolation reads,
-            `(total_patches, 16)`.
-        position_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Weights of those 16.
-    """
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    runs: tuple[tuple[int, int], ...]
-    max_grid_side: int
-    position_ids: torch.Tensor
-    position_weights: torch.Tensor | None
-
-    def to(self, device: torch.device | str) -> "PackedLayout":
-        """The same layout with its tensors on `device`; never waits for the device."""
-        weights = self.position_weights
-        return self._replace(
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            position_weights=None if weights is None else weights.to(device, non_blocking=True),
-        )
-
-
-def equal_length_runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
-    """Neighbours of equal length as `(segments, length)`, up to `MAX_PATCHES_PER_CALL` patches where possible."""
-    runs = []
-    for length, group in groupby(lengths):
-        segments, per_call = len(list(group)), max(1, MAX_PATCHES_PER_CALL // length)
-        runs += [(min(per_call, segments - first), length) for first in range(0, segments, per_call)]
-    return tuple(runs)
-
-
-def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) -> torch.Tensor:
-    """
-    Checks `grid_thw` and returns it as int64 on the CPU: the only device-to-host copy of a forward, and none at all
-    when it is there already.
-
-    Raises:
-        ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.
-    """
-    if not isinstance(grid_thw, torch.Tensor) or grid_thw.dtype.is_floating_point or grid_thw.dtype.is_complex:
-        given = grid_thw.dtype if isinstance(grid_thw, torch.Tensor) else type(grid_thw).__name__
-        raise ValueError(f"`grid_thw` must be a tensor of integers, got {given}.")
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype == torch.bool:
-        raise ValueError(
-            "`grid_thw` must be integers of shape (num_images, 3), one row (t, h, w) per image, got "
-            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}."
-        )
-    grid_thw = grid_thw.detach().to("cpu", torch.int64)
-    described = 0
-    for index, (t, h, w) in enumerate(grid_thw.tolist()):
-        if min(t, h, w) < 1:
-            raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {(t, h, w)} for image {index}.")
-        described += t * h * w
-    if num_patches is not None and described != num_patches:
-        raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    if described > torch.iinfo(torch.int32).max:
-        raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
-    return grid_thw
+# Up to this many patches a segment's scores, written out, beat PyTorch's CPU flash attention in float32 too.
+SHORT_LENGTH = 96
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -103,21 +29,28 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 def blocked_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """`eager_attention_forward` without gradients or dropout, in blocks of scores that stay in a CPU's cache."""
+    """
+    `eager_attention_forward` without gradients or dropout, in blocks of scores that stay in a CPU's cache. In half
+    precision scores and weights are rounded, but scaling and softmax are in float32 as there.
+    """
     batch, heads, length, _ = query.shape
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    # Strided keys would be packed anew for each block of queries.
+    query, key, value = (x.reshape(batch * heads, -1, x.shape[-1]).contiguous() for x in (query, key, value))
     queries_per_block = max(1, min(length, SCORES_PER_BLOCK // key.shape[1]))
     heads_per_block = max(1, SCORES_PER_BLOCK // (queries_per_block * key.shape[1]))
-    outputs = []
+    unused = query.new_zeros(1, 1, 1)
+    attended = torch.empty_like(query)
     for first in range(0, batch * heads, heads_per_block):
         block = slice(first, first + heads_per_block)
         keys, values = key[block].transpose(1, 2), value[block]
-        attended = []
-        for queries in query[block].split(queries_per_block, dim=1):
-            scores = torch.bmm(queries, keys).float().mul_(scaling)
-            attended.append(torch.bmm(torch.softmax(scores, dim=-1, out=scores).to(query.dtype), values))
-        outputs.append(torch.cat(attended, dim=1))
-    return torch.cat(outputs).unflatten(0, (batch, heads)).transpose(1, 2), None
+        for queries, output in zip(
+            query[block].split(queries_per_block, dim=1),
+            attended[block].split(queries_per_block, dim=1),
+            strict=True,
+        ):
+            scores = torch.baddbmm(unused, queries, keys, beta=0, alpha=scaling)
+            torch.bmm(torch.softmax(scores, dim=-1, out=scores), values, out=output)
+    return attended.unflatten(0, (batch, heads)).transpose(1, 2), None
 
 
 def has_varlen_kernel(query: torch.Tensor) -> bool:
@@ -131,10 +64,10 @@ def has_varlen_kernel(query: torch.Tensor) -> bool:
     )
 
 
-def prefers_blocks(query: torch.Tensor) -> bool:
-    """Whether `blocked_attention_forward` beats PyTorch's CPU kernel, which is slow in half precision."""
+def prefers_blocks(query: torch.Tensor, length: int) -> bool:
+    """Whether `blocked_attention_forward` beats PyTorch's CPU kernel, slow in half precision and on short segments."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cpu" and half and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (half or length <= SHORT_LENGTH) and is_cpu_inference(query)
 
 
 def packed_attention(
@@ -142,7 +75,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: PackedLayout,
+    segments: Segments,
     single_query: bool = False,
 ) -> torch.Tensor:
     """
@@ -153,13 +86,14 @@ def packed_attention(
         query (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Or `(num_segments, ...)`, one query
             per segment, with `single_query`.
         key, value (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Packed like the patches.
-        layout (`PackedLayout`): Where the segments are.
+        segments (`Segments`): Where the segments are.
         single_query (`bool`): Whether each segment has one query rather than one per patch.
 
     Returns:
         `torch.Tensor` of `query`'s shape.
     """
-    if layout.max_seqlen == 0:
+    cu_seqlens, max_seqlen, runs = segments
+    if max_seqlen == 0:
         # No kernel takes an empty batch; the sum keeps the gradient of every projection defined.
         return query + key.sum(0) + value.sum(0)
 
@@ -167,8 +101,8 @@ def packed_attention(
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = module.config.attention_dropout if module.training else 0.0
     shared = {"scaling": query.shape[-1] ** -0.5, "dropout": dropout, "is_causal": False}
-    num_segments = len(layout.cu_seqlens) - 1
-    cu_seqlens_q, max_seqlen_q = layout.cu_seqlens, layout.max_seqlen
+    num_segments = len(cu_seqlens) - 1
+    cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
     if single_query:
         cu_seqlens_q, max_seqlen_q = torch.arange(num_segments + 1, dtype=torch.int32, device=query.device), 1
 
@@ -178,28 +112,27 @@ def packed_attention(
             *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
             attention_mask=None,
             cu_seq_lens_q=cu_seqlens_q,
-            cu_seq_lens_k=layout.cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
             max_length_q=max_seqlen_q,
-            max_length_k=layout.max_seqlen,
+            max_length_k=max_seqlen,
             **shared,
         )
         return output.squeeze(0)
 
-    runs = layout.runs
     if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
-        if num_segments * layout.max_seqlen != len(key):
-            return varlen_attn(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
+        if num_segments * max_seqlen != len(key):
+            return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen)
         # All segments are of one length: the dense kernels are faster than the varlen one.
-        runs = ((num_segments, layout.max_seqlen),)
-    elif implementation == "sdpa" and prefers_blocks(query):
-        attention_interface = blocked_attention_forward
+        runs = ((num_segments, max_seqlen),)
 
-    keys_per_run = [segments * length for segments, length in runs]
-    queries_per_run = [segments for segments, _ in runs] if single_query else keys_per_run
+    keys_per_run = [count * length for count, length in runs]
+    queries_per_run = [count for count, _ in runs] if single_query else keys_per_run
     packed = (query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run))
     outputs = []
-    for (segments, _), *states in zip(runs, *packed, strict=True):
-        batched = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)
-        output, _ = attention_interface(module, *batched, attention_mask=None, **shared)
+    for (count, length), *states in zip(runs, *packed, strict=True):
+        queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)
+        in_blocks = implementation == "sdpa" and not dropout and prefers_blocks(query, length)
+        forward = blocked_attention_forward if in_blocks else attention_interface
+        output, _ = forward(module, queries, keys, values, attention_mask=None, **shared)
         outputs.append(output.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

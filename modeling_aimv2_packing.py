@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AIMv2 vision encoder over packed images: the patches of all images lie end to end in one sequence."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,20 +13,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
 
-from .attention_aimv2_packing import PackedLayout, equal_length_runs, packed_attention, validate_grid_thw
+from .attention_aimv2_packing import packed_attention
 from .configuration_aimv2_packing import Aimv2PackingConfig
-
-
-# On a CPU, patches per elementwise pass: few enough that activations stay in the cache from one operation to the next.
-PATCHES_PER_CHUNK = 1024
-
-
-def in_chunks(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function`, which treats each patch alone, on `(total_patches, ...)` tensors; in chunks where that is faster."""
-    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*inputs)
-    chunks = zip(*(x.split(PATCHES_PER_CHUNK) for x in inputs), strict=True)
-    return torch.cat([function(*chunk) for chunk in chunks])
+from .layout_aimv2_packing import PackedLayout, Segments, plan_blocks, validate_grid_thw
+from .linear_aimv2_packing import has_hooks, is_cpu_inference, linear, rms_norm
 
 
 def sincos_table(num_positions: int, dim: int, device: torch.device) -> torch.Tensor:
@@ -80,9 +68,7 @@ class Aimv2PackingEmbeddings(nn.Module):
         hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
         if self.config.is_native:
             table = sincos_table(layout.max_grid_side, self.config.hidden_size // 4, hidden_states.device)
-            rows, columns = table.to(hidden_states.dtype)[layout.position_ids].unbind(1)
-            # The released weights were trained with the column's half first.
-            return hidden_states + torch.cat([columns, rows], dim=1)
+            return hidden_states + table.to(hidden_states.dtype)[layout.position_ids].flatten(1)
         positions = self.position_embedding(layout.position_ids, layout.position_weights)
         return hidden_states + positions.to(hidden_states.dtype)
 
@@ -98,12 +84,12 @@ class Aimv2PackingAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
-    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
         # -1, not the number of heads: under tensor parallelism a rank holds a part of them.
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        return self.out_proj(packed_attention(self, query, key, value, layout).flatten(1))
+        query = linear(self.q_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = linear(self.k_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = linear(self.v_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
+        return linear(self.out_proj, packed_attention(self, query, key, value, segments).flatten(1))
 
 
 class Aimv2PackingMLP(nn.Module):
@@ -115,24 +101,39 @@ class Aimv2PackingMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = linear(self.gate_proj, hidden_states, activation=self.act_fn)
+        return linear(self.down_proj, linear(self.up_proj, hidden_states, times=gate))
 
 
 class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
+        self.config = config
         self.attention = Aimv2PackingAttention(config)
         self.ffn = Aimv2PackingMLP(config)
         self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        attended = self.attention(in_chunks(self.rms_norm1, hidden_states), layout)
-        return in_chunks(self.feed_forward, hidden_states, attended)
+        if not self.runs_in_blocks(hidden_states, layout):
+            return self.encode(hidden_states, layout.segments)
+        output = torch.empty_like(hidden_states)
+        for rows, segments in layout.blocks:
+            output[rows] = self.encode(hidden_states[rows], segments)
+        return output
 
-    def feed_forward(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + attended
-        return hidden_states + self.ffn(self.rms_norm2(hidden_states))
+    def encode(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(rms_norm(self.rms_norm1, hidden_states), segments)
+        return hidden_states + self.ffn(rms_norm(self.rms_norm2, hidden_states))
+
+    def runs_in_blocks(self, hidden_states: torch.Tensor, layout: PackedLayout) -> bool:
+        """Whether `layout.blocks` go through one after the other, which a CPU's cache rewards."""
+        return (
+            len(layout.blocks) > 0
+            and is_cpu_inference(hidden_states)
+            and self.config._attn_implementation == "sdpa"
+            and not any(has_hooks(module) for module in self.modules() if module is not self)
+        )
 
 
 class Aimv2PackingEncoder(nn.Module):
@@ -161,11 +162,13 @@ class Aimv2PackingAttentionPoolingHead(nn.Module):
         self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        num_segments = len(layout.cu_seqlens) - 1
+        num_segments = len(layout.segments.cu_seqlens) - 1
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         query = self.cls_token.to(key.dtype).view(1, -1, self.head_dim).expand(num_segments, -1, -1)
-        return self.output_proj(packed_attention(self, query, key, value, layout, single_query=True).flatten(1))
+        return self.output_proj(
+            packed_attention(self, query, key, value, layout.segments, single_query=True).flatten(1)
+        )
 
 
 class Aimv2PackingPreTrainedModel(PreTrainedModel):
@@ -238,14 +241,13 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
         """
         grid_thw = validate_grid_thw(grid_thw, num_patches)
-        cu_seqlens = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal)
-        lengths = cu_seqlens.diff().tolist()
+        lengths = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal).diff().tolist()
         if self.config.is_native:
             frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
             sizes = frames.prod(dim=1)
             index = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             widths = frames[:, 1].repeat_interleave(sizes)
-            position_ids, position_weights = torch.stack([index // widths, index % widths], dim=1), None
+            position_ids, position_weights = torch.stack([index % widths, index // widths], dim=1), None
         else:
             side = self.config.image_size // self.config.patch_size
             # One more image of one patch, cut off again, makes an empty batch valid.
@@ -256,9 +258,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 )
             )
         return PackedLayout(
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max(lengths, default=0),
-            runs=equal_length_runs(lengths),
+            segments=Segments.from_lengths(lengths),
+            blocks=plan_blocks(lengths) if self.device.type == "cpu" else (),
             max_grid_side=int(grid_thw[:, 1:].max()) if lengths else 0,
             position_ids=position_ids,
             position_weights=position_weights,

@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 REPO = Path(__file__).resolve().parent.parent
 Grid = tuple[int, int]
 Forward = Callable[[], Iterator]
+
+PRODUCTS = ("products by mm", "products by oneDNN")
 
 # hidden_size, intermediate_size, num_attention_heads
 GEOMETRIES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
@@ -225,9 +227,12 @@ def peak_memory(run: Callable[[], object], device: str) -> int | None:
     return (kilobytes("VmHWM") - before) * 1024
 
 
-def matrix_products(packed, candidates: Candidates) -> Callable[[], None]:
-    """The layers' matrix products alone, attention's included, into buffers that exist already."""
-    config, layout = packed.config, packed.prepare_layout(candidates.grid_thw)
+def matrix_products(packed, candidates: Candidates, onednn: bool) -> Callable[[], None]:
+    """
+    The layers' matrix products alone, attention's included, those of images of equal length together: by `torch.mm`
+    into buffers that exist already, or by the oneDNN kernel that torch.compile calls on a CPU.
+    """
+    config, (cu_seqlens, _, _) = packed.config, packed.prepare_layout(candidates.grid_thw).segments
     like = {"device": candidates.patches.device, "dtype": packed.dtype}
     total, heads = len(candidates.patches), config.num_attention_heads
     head_dim = config.hidden_size // heads
@@ -235,22 +240,28 @@ def matrix_products(packed, candidates: Candidates) -> Callable[[], None]:
     wide = torch.randn(total, config.intermediate_size, **like)
     hidden_out, wide_out = torch.empty_like(hidden), torch.empty_like(wide)
     attention = []
-    for segments, length in layout.runs:
+    for length, segments in Counter(cu_seqlens.diff().tolist()).items():
         query = torch.randn(segments * heads, length, head_dim, **like)
         scores = torch.empty(segments * heads, length, length, **like)
         attention.append((query, query.transpose(1, 2), scores, torch.empty_like(query)))
 
+    def linear(states: torch.Tensor, module: torch.nn.Linear, out: torch.Tensor) -> None:
+        if onednn:
+            torch.ops.mkldnn._linear_pointwise(states, module.weight, None, "none", [], "")
+        else:
+            torch.mm(states, module.weight.T, out=out)
+
     def run() -> None:
         for layer in packed.encoder.layers:
             for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
-                torch.mm(hidden, projection.weight.T, out=hidden_out)
+                linear(hidden, projection, hidden_out)
             for query, key, scores, output in attention:
                 torch.bmm(query, key, out=scores)
                 torch.bmm(scores, query, out=output)
-            torch.mm(hidden, layer.attention.out_proj.weight.T, out=hidden_out)
-            torch.mm(hidden, layer.ffn.gate_proj.weight.T, out=wide_out)
-            torch.mm(hidden, layer.ffn.up_proj.weight.T, out=wide_out)
-            torch.mm(wide, layer.ffn.down_proj.weight.T, out=hidden_out)
+            linear(hidden, layer.attention.out_proj, hidden_out)
+            linear(hidden, layer.ffn.gate_proj, wide_out)
+            linear(hidden, layer.ffn.up_proj, wide_out)
+            linear(wide, layer.ffn.down_proj, hidden_out)
 
     return run
 
@@ -285,7 +296,8 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
     runs = {candidate: step(forward, args.train) for candidate, forward in candidates.forwards.items()}
     shared = args.device == "cpu" and not args.train
     if shared:
-        runs["matrix products"] = matrix_products(packed, candidates)
+        for library in PRODUCTS:
+            runs[library] = matrix_products(packed, candidates, onednn=library == "products by oneDNN")
     for run in runs.values():
         run()  # warms up, compiles
     times: dict[str, list[float]] = {candidate: [] for candidate in runs}
@@ -313,9 +325,12 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
                 if not peer.startswith("packed")
             }
             if shared:
-                row["matrix_product_share"] = statistics.median(
-                    bare / ours for bare, ours in zip(times["matrix products"], times[candidate], strict=True)
-                )
+                row["matrix_product_share"] = {
+                    library: statistics.median(
+                        bare / ours for bare, ours in zip(times[library], times[candidate], strict=True)
+                    )
+                    for library in PRODUCTS
+                }
         result["candidates"][candidate] = row
     return result
 
@@ -351,7 +366,8 @@ def print_results(results: dict) -> None:
                 if "speedup_over" in row:
                     line += "; " + ", ".join(f"{peer} x{ratio:.2f}" for peer, ratio in row["speedup_over"].items())
                 if "matrix_product_share" in row:
-                    line += f"; share {row['matrix_product_share']:.3f}"
+                    shares = row["matrix_product_share"].items()
+                    line += "; share of " + ", ".join(f"{library} {share:.3f}" for library, share in shares)
                 if "max_difference_to_loop" in row:
                     line += f"; max diff {row['max_difference_to_loop']:.1e}"
                 print(line)

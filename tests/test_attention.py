@@ -89,8 +89,7 @@ def test_neighbours_of_equal_length_share_a_call(monkeypatch):
         return original(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    with torch.inference_mode():
-        packed(**pack(random_images([(2, 3), (3, 2), (1, 6), (5, 5), (2, 3)])))
+    packed(**pack(random_images([(2, 3), (3, 2), (1, 6), (5, 5), (2, 3)])))
     assert batches == [(3, 6), (1, 25), (1, 6)]
 
 

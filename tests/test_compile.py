@@ -41,10 +41,12 @@ def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
     encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for inputs in random_mixes(20):
-            layout = packed.prepare_layout(inputs["grid_thw"])
+            # Without blocks, as of a model on a GPU.
+            layout = packed.prepare_layout(inputs["grid_thw"])._replace(blocks=())
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state
-            assert torch.allclose(ours, packed.encoder(embedded, layout).last_hidden_state, atol=1e-4)
+            expected = packed.encoder(embedded, layout).last_hidden_state
+            assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     assert counter.frame_count <= 2
 
 

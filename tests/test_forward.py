@@ -82,15 +82,32 @@ def test_a_prepared_layout_gives_the_same(model):
 
 def test_layout_by_hand(model):
     layout = model.prepare_layout(torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]]))
-    assert layout.cu_seqlens.dtype == torch.int32
-    assert layout.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
-    assert layout.max_seqlen == 3
-    assert layout.runs == ((3, 2), (1, 3))
+    assert layout.segments.cu_seqlens.dtype == torch.int32
+    assert layout.segments.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
+    assert layout.segments.max_seqlen == 3
+    assert layout.segments.runs == ((3, 2), (1, 3))
     assert layout.position_ids.tolist() == [
-        [0, 0], [0, 1],
-        [0, 0], [1, 0], [0, 0], [1, 0],
-        [0, 0], [1, 0], [2, 0],
+        [0, 0], [1, 0],
+        [0, 0], [0, 1], [0, 0], [0, 1],
+        [0, 0], [0, 1], [0, 2],
     ]  # fmt: skip
+    (block,) = layout.blocks
+    assert block.rows == slice(0, 9)
+    assert block.segments.runs == layout.segments.runs
+
+
+def test_blocks_by_hand(model):
+    """Whole segments up to 2048 patches; ordered by length where lengths alternate."""
+    large, small = (1, 30, 40), (1, 20, 30)
+    first, second, third = model.prepare_layout(torch.tensor([large, small, large, (1, 50, 50)])).blocks
+    assert (first.rows, first.segments.runs) == (slice(0, 1800), ((1, 1200), (1, 600)))
+    assert (second.rows, second.segments.runs) == (slice(1800, 3000), ((1, 1200),))
+    assert (third.rows, third.segments.runs) == (slice(3000, 5500), ((1, 2500),))
+
+    (block,) = model.prepare_layout(torch.tensor([(1, 1, 2), (1, 1, 1)] * 3)).blocks
+    assert block.rows.tolist() == [2, 5, 8, 0, 1, 3, 4, 6, 7]
+    assert block.segments.runs == ((3, 1), (3, 2))
+    assert block.segments.cu_seqlens.tolist() == [0, 1, 2, 3, 5, 7, 9]
 
 
 def test_outputs_as_in_transformers(model):
