@@ -5,6 +5,7 @@ Finds an AIMv2 vision encoder among the tensors of a checkpoint, whatever names 
 tensors the names and its configuration the fields that `Aimv2VisionModel` has. Only names and shapes are looked at.
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from safetensors_files import DTYPES, StoredTensor
 # All released models have this head size.
 HEAD_SIZE = 128
 # transformers' types of configurations that describe an AIMv2 encoder and nothing else.
-ENCODER_TYPES = {"aimv2_vision_model", "aimv2_packing", "ovis2_vision"}
+ENCODER_TYPES = ("aimv2_vision_model", "aimv2_packing", "ovis2_vision")
 
 
 class Layout(NamedTuple):
@@ -194,13 +195,11 @@ def match_layout(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
     except (StrictDataclassError, ValueError) as error:
         encoder.wrong.append(" ".join(str(error.__cause__ or error).split()))
         return
-    with torch.device("meta"):
-        expected = Aimv2VisionModel(encoder.config).state_dict()
 
     used = set()
-    for name, parameter in expected.items():
+    for name, whole in expected_shapes(encoder.config).items():
         stored_name, part = encoder.layout.stored_name(name), encoder.layout.part(name)
-        shape = tuple(parameter.shape) if part is None else (3 * parameter.shape[0], *parameter.shape[1:])
+        shape = whole if part is None else (3 * whole[0], *whole[1:])
         stored, label = own.get(stored_name), prefix + stored_name
         used.add(stored_name)
         if stored is None:
@@ -218,6 +217,23 @@ def match_layout(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
     encoder.left_over = [prefix + name for name in others if name not in dropped]
     encoder.dropped = [prefix + name for name in others if name in dropped]
     encoder.dropped += [name for name in tensors if not name.startswith(prefix)]
+
+
+def expected_shapes(config: Aimv2PackingConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of `Aimv2VisionModel`, by name and in its order."""
+    # All layers are like the first: names may claim more of them than could be built in a lifetime.
+    one_layer = copy.copy(config)
+    one_layer.num_hidden_layers = 1
+    with torch.device("meta"):
+        state = Aimv2VisionModel(one_layer).state_dict()
+    layer = [name for name in state if name.startswith("encoder.layers.0.")]
+    names = []
+    for name in state:
+        if name == layer[0]:
+            names += [(i, own) for i in range(config.num_hidden_layers) for own in layer]
+        elif name not in layer:
+            names.append((0, name))
+    return {name.replace(".0.", f".{index}."): tuple(state[name].shape) for index, name in names}
 
 
 def read_geometry(layout: Layout, own: dict[str, StoredTensor]) -> dict[str, Any]:
@@ -298,16 +314,16 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
         name = contradictions(sections[0])[0]
         raise ValueError(f"config.json says {name} {sections[0][name]}, the tensors say {geometry[name]}")
 
-    heads = {section["num_attention_heads"] for section in fitting if "num_attention_heads" in section}
-    if len(heads) > 1:
-        raise ValueError(f"config.json says num_attention_heads {' and '.join(map(str, heads))}")
+    heads = [section["num_attention_heads"] for section in fitting if "num_attention_heads" in section]
+    if different := [value for value in heads if value != heads[0]]:
+        raise ValueError(f"config.json says num_attention_heads {heads[0]} and {different[0]}")
     if not heads and any(section.get("model_type") in ENCODER_TYPES for section in fitting):
         # transformers leaves out of a nested configuration what equals the default.
-        heads = {Aimv2PackingConfig().num_attention_heads}
+        heads = [Aimv2PackingConfig().num_attention_heads]
     if not heads and geometry["hidden_size"] % HEAD_SIZE:
         raise ValueError("no config.json says num_attention_heads, and the size is none of the released models'")
-    settings = {"num_attention_heads": heads.pop() if heads else geometry["hidden_size"] // HEAD_SIZE}
-    # The last two decide which tensors must be there: one that is not is then found missing.
+    settings = {"num_attention_heads": heads[0] if heads else geometry["hidden_size"] // HEAD_SIZE}
+    # `use_head` and `is_native` decide which tensors must be there: one that is not is then found missing.
     stated = (
         "rms_norm_eps",
         "hidden_act",
@@ -316,6 +332,8 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
         "image_size",
         "use_head",
         "is_native",
+        "patch_layout",
+        "merge_temporal",
     )
     for section in reversed(fitting):
         settings |= {name: section[name] for name in stated if name in section}
@@ -324,7 +342,9 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
 
 def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """`config` and every object inside it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from nested(value)
+    # A stack of its own: what JSON may nest is deeper than what Python may call.
+    objects = [config]
+    while objects:
+        current = objects.pop()
+        yield current
+        objects += [value for value in reversed(current.values()) if isinstance(value, dict)]

@@ -2,11 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the packed AIMv2 vision encoder."""
 
-from typing import ClassVar, Literal
+import dataclasses
+import inspect
+import math
+from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Aimv2VisionConfig
 from transformers.activations import ACT2FN
+
+
+# In values: torch counts bytes in 64 bits.
+MAX_WEIGHT_SIZE = torch.iinfo(torch.int64).max // torch.float64.itemsize
 
 
 @strict
@@ -25,6 +33,7 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: a field has the wrong type, or a value that no model can have.
+        ValueError: the same of a field that every configuration has, or a name is not that of a field.
     """
 
     model_type = "aimv2_packing"
@@ -49,6 +58,27 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
     patch_layout: Literal["channels_first", "channels_last"] = "channels_first"
     merge_temporal: bool = False
 
+    def __post_init__(self, **kwargs: Any):
+        for name in kwargs:
+            attribute = inspect.getattr_static(type(self), name, dataclasses.MISSING)
+            settable = isinstance(attribute, property) and attribute.fset is not None
+            if attribute is not dataclasses.MISSING and name != "model_type" and not settable:
+                # Set on the configuration, it would hide the attribute from transformers.
+                raise ValueError(f"`{name}` is no field of the configuration, but one of its own attributes.")
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"transformers refuses a field of the configuration: {error}.") from error
+
+    def validate_inherited_fields(self):
+        """Refuses what transformers lets pass and fails on later; called as the next."""
+        # Models are saved with its name.
+        dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"`dtype` must be the name of a torch dtype, got {self.dtype!r}.")
+        if not isinstance(self._attn_implementation, str | None):
+            raise ValueError(f"`attn_implementation` must be a str, got {self._attn_implementation!r}.")
+
     def validate_geometry(self):
         """Refuses sizes that no model can have; called by `@strict` whenever a configuration is made."""
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "patch_size"):
@@ -59,8 +89,10 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
             raise ValueError(f"`num_hidden_layers` must not be negative, got {self.num_hidden_layers}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` must be positive and finite, got {self.rms_norm_eps}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must not be negative, and finite, got {self.initializer_range}.")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
         if self.hidden_size % self.num_attention_heads:
@@ -79,6 +111,13 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
             raise ValueError(
                 "`image_size` must be an int that is a multiple of `patch_size` when `is_native` is false (one learned "
                 f"position per patch of a square image), got {self.image_size!r} and {self.patch_size}."
+            )
+        positions = 0 if self.is_native else (self.image_size // self.patch_size) ** 2
+        inputs = max(self.hidden_size, self.intermediate_size, self.num_channels * self.patch_size**2, positions)
+        if self.hidden_size * inputs > MAX_WEIGHT_SIZE:
+            raise ValueError(
+                "no tensor can hold a weight of `hidden_size` times the largest of `hidden_size`, `intermediate_size`, "
+                f"`num_channels` * `patch_size`**2 and the number of positions: {self.hidden_size} * {inputs}."
             )
 
 

@@ -10,6 +10,7 @@ Converts an AIMv2 checkpoint of any layout into a packed model repo, verifies on
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -24,11 +25,13 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     hf_hub_download,
+    metadata_load,
     snapshot_download,
     split_state_dict_into_shards_factory,
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
+from yaml import YAMLError
 
 from atomic_folder import atomic_folder
 from checkpoint_layouts import Encoder, find_encoder
@@ -39,6 +42,7 @@ from safetensors_files import (
     find_weights,
     read_checkpoint,
     read_json,
+    read_weight_map,
     safe_path,
     write_checkpoint,
 )
@@ -98,7 +102,7 @@ def read_source(source: str, revision: str | None = None, prefix: str | None = N
         raise ValueError(f"--revision is for sources on the Hub, but {source} is a local path.")
     weights = find_weights(path)
     folder = path if path.is_dir() else path.parent
-    config = read_json(safe_path(folder, "config.json")) if (folder / "config.json").exists() else {}
+    config = read_json(safe_path(folder, "config.json")) if os.path.lexists(folder / "config.json") else {}
     return Source(name, repo_id, folder, config, find_encoder(read_checkpoint(weights), config, prefix))
 
 
@@ -112,8 +116,8 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     names = [sibling.rfilename for sibling in info.siblings or []]
     files = [choose_weights(repo_id, names)]
     if files[0].endswith(".json"):
-        index = read_json(Path(hf_hub_download(repo_id, files[0], revision=info.sha)))
-        files += sorted(set(map(str, index.get("weight_map", {}).values())))
+        index = Path(hf_hub_download(repo_id, files[0], revision=info.sha))
+        files += sorted(set(read_weight_map(index).values()))
     wanted = [*files, "*.json", "README.md", "LICENSE*", "WEIGHTS_LICENSE*", *(path.name for path in CODE_FILES)]
     return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted)), str(info.sha)
 
@@ -157,8 +161,9 @@ def convert(
         for path in (*CODE_FILES, REPO / "LICENSE"):
             shutil.copyfile(path, folder / path.name)
         for path in source.folder.glob("WEIGHTS_LICENSE*" if is_converted(source.folder) else "LICENSE*"):
-            name = f"WEIGHTS_{path.name.removeprefix('WEIGHTS_')}"
-            shutil.copyfile(safe_path(source.folder, path.name), folder / name)
+            if not path.is_dir():
+                name = f"WEIGHTS_{path.name.removeprefix('WEIGHTS_')}"
+                shutil.copyfile(safe_path(source.folder, path.name), folder / name)
         report = verifier(folder) if verifier else None
         write_card(folder, source, model_id, dtype, report)
 
@@ -246,9 +251,10 @@ def source_licence(source: Source) -> tuple[dict[str, Any], str]:
     if (source.folder / "README.md").exists():
         path = safe_path(source.folder, "README.md")
         try:
-            data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-            stated = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
-        except ValueError as error:
+            data = metadata_load(path) or {}
+            names = ("license", "license_name", "license_link")
+            stated = {name: data[name] for name in names if isinstance(data.get(name), str)}
+        except (ValueError, RecursionError, YAMLError) as error:
             print(f"warning: the card of {source.name} cannot be read: {error}", file=sys.stderr)
     if not stated:
         return {}, f"{source.name} does not state it in a card"
@@ -279,7 +285,7 @@ def shard_size(value: str) -> str:
         split_state_dict_into_shards_factory(
             {}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"must be like 5GB or 500MB: {error}") from error
     return value
 

@@ -6,6 +6,7 @@ The safetensors library checks every header; its readers and writers map or hold
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -81,8 +82,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`, which would silently keep the last of equal keys."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it holds the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it holds the key {repeated!r} twice")
     return result
 
 
@@ -128,16 +129,21 @@ def safe_path(folder: Path, name: str) -> Path:
     The path of the file `name` of `folder`.
 
     Raises:
-        ValueError: it does not exist, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link.
+        ValueError: it is no file, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link.
     """
     root = folder.resolve()
     if root.parent.name == "snapshots":
         # A folder of the Hub's cache, whose files are links into the same repo's `blobs`.
         root = root.parent.parent
     path, parts = folder / name, PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(root):
+    try:
+        inside, is_file = path.resolve().is_relative_to(root), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Links in a circle, and names that are too long or hold characters that no path can.
+        raise ValueError(f"{name!r} is no path of a file in {folder}: {error}.") from error
+    if parts.is_absolute() or ".." in parts.parts or not inside:
         raise ValueError(f"{name!r} leads out of {folder}: refused.")
-    if not path.is_file():
+    if not is_file:
         raise ValueError(f"{folder} lacks the file {name!r}.")
     return path
 
@@ -164,11 +170,13 @@ def find_weights(source: Path) -> Path:
     The safetensors file, or the index of several, that a local `source` is or contains.
 
     Raises:
-        ValueError: as [`choose_weights`], or the file lies outside the folder.
+        ValueError: as [`choose_weights`], or the file lies outside the folder, or `source` is a pipe or device.
     """
     if source.is_dir():
         return safe_path(source, choose_weights(source, sorted(path.name for path in source.iterdir())))
     choose_weights(source, [source.name])
+    if not source.is_file():
+        raise ValueError(f"{source} is neither a folder nor a file.")
     return source
 
 
@@ -182,6 +190,19 @@ def no_safetensors(source: Path | str, names: list[str]) -> ValueError:
     )
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """
+    The names of the files of an index, by tensor.
+
+    Raises:
+        ValueError: it is no index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is no index of safetensors files: `weight_map` must map names to file names.")
+    return weight_map
+
+
 def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
     """
     All tensors of a safetensors file or of an index of several, by name; no data is read.
@@ -191,9 +212,7 @@ def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
     """
     if weights.suffix != ".json":
         return read_header(weights)
-    weight_map = read_json(weights).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{weights} is no index of safetensors files: `weight_map` must map names to file names.")
+    weight_map = read_weight_map(weights)
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if not file_name.endswith(".safetensors"):

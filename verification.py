@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from transformers import Aimv2VisionModel, AutoImageProcessor, AutoModel
+from transformers import Aimv2VisionModel, AutoImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
@@ -113,7 +114,7 @@ def verify(
     Runs `folder` packed, and the reference one image at a time, on the same pixels.
 
     Args:
-        folder (`Path`): A converted model repo. Code in it is run only if it is this repo's own, byte for byte.
+        folder (`Path`): A converted model repo. No code in it, or that its configuration names, is run.
         reference (`Encoder`, *optional*): The original's weights and configuration; by default those of `folder`,
             loaded in transformers' `Aimv2VisionModel`.
         reference_name (`str`, *optional*): What to call it in the report.
@@ -123,9 +124,14 @@ def verify(
         dtype (`torch.dtype`, *optional*): Precision of both models, by default that of the weights.
 
     Raises:
-        ValueError: `folder` does not load completely in `Aimv2VisionModel`, or there is nothing to compare.
+        ValueError: `config.json` of `folder` is not that of a model, `folder` does not load completely in
+            `Aimv2VisionModel`, or there is nothing to compare.
     """
-    config = Aimv2PackingConfig.from_pretrained(folder)
+    try:
+        config = Aimv2PackingConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{folder / 'config.json'} is not that of a model: {reason}") from error
     notes = []
     own_code = all(
         (folder / path.name).is_file() and filecmp.cmp(path, folder / path.name, shallow=False) for path in CODE_FILES
@@ -134,7 +140,9 @@ def verify(
         notes.append(f"the code in {folder} is not this version's, which is compared instead")
 
     with quiet_loading():
-        original, info = Aimv2VisionModel.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+        original, info = Aimv2VisionModel.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
     if wrong := sorted(map(str, (*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]))):
         raise ValueError(f"{folder} does not load in Aimv2VisionModel: {', '.join(wrong[:5])}.")
     dtype = original.dtype
@@ -153,16 +161,13 @@ def verify(
         side = original.config.image_size
         notes.append(f"the reference has learned positions for {side} x {side} pixels only: images are cropped to that")
 
-    names, inputs = read_images(folder if own_code else REPO, config, images)
+    names, inputs = read_images(config, images)
     original = original.eval().to(device)
     expected_features = [original_features(original, x, config) for x in tqdm(inputs, desc="Original model")]
     del original
     with quiet_loading():
-        if own_code:
-            packed = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-        else:
-            packed_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
-            packed = packed_class.from_pretrained(folder, dtype=dtype)
+        packed_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
+        packed = packed_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     features = packed_features(packed.eval().to(device), inputs)
 
     relative_bound, min_cosine_bound = BOUNDS[dtype]
@@ -209,7 +214,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def read_images(
-    code: Path, config: Aimv2PackingConfig, paths: list[Path] | None
+    config: Aimv2PackingConfig, paths: list[Path] | None
 ) -> tuple[list[str], list[dict[str, torch.Tensor]]]:
     """
     Names of the images, and `hidden_states` and `grid_thw` of each.
@@ -230,7 +235,7 @@ def read_images(
             width, height = draw.randint(224, 1000), draw.randint(224, 1000)
             pictures.append((f"{name} at {width} x {height}", picture.resize((width, height))))
     processor = AutoImageProcessor.from_pretrained(
-        code,
+        REPO,
         trust_remote_code=True,
         patch_size=config.patch_size,
         patch_layout=config.patch_layout,

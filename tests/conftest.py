@@ -10,6 +10,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+
+
+# Chosen with `--hypothesis-profile thorough`; the default tries 100 cases of what does not say otherwise.
+settings.register_profile("thorough", max_examples=2000)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -48,6 +48,13 @@ def test_a_vision_model_config_is_a_valid_one(tmp_path):
         ({"num_hidden_layers": -1}, ["num_hidden_layers", "-1"]),
         ({"hidden_act": "snake"}, ["hidden_act", "snake"]),
         ({"rms_norm_eps": 0.0}, ["rms_norm_eps", "0.0"]),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "inf"]),
+        ({"initializer_range": -0.02}, ["initializer_range", "-0.02"]),
+        ({"intermediate_size": 1 << 62}, ["intermediate_size", str(1 << 62)]),
+        ({"is_native": False, "image_size": 14 << 31}, ["positions", str(1 << 62)]),
+        ({"dtype": "nn"}, ["dtype", "torch.nn"]),
+        ({"torch_dtype": 3}, ["dtype", "3"]),
+        ({"attn_implementation": 3}, ["attn_implementation", "3"]),
         ({"attention_dropout": 1.0}, ["attention_dropout", "1.0"]),
         ({"patch_layout": "rows_first"}, ["patch_layout", "rows_first"]),
         ({"merge_temporal": "yes"}, ["merge_temporal", "yes"]),
@@ -57,3 +64,9 @@ def test_values_that_cannot_work_are_refused_by_name(fields, named):
     with pytest.raises(StrictDataclassError) as error:
         Aimv2PackingConfig(**fields)
     assert all(word in str(error.value) for word in named)
+
+
+@pytest.mark.parametrize("fields", [{"to_dict": 1}, {"dtype": "float17"}, {"id2label": {"a": "b"}}, {"__class__": 1}])
+def test_fields_that_transformers_cannot_set(fields):
+    with pytest.raises(ValueError, match=r"refuses a field|is no field"):
+        Aimv2PackingConfig(**fields)

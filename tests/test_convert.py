@@ -272,6 +272,17 @@ def test_converted_repo_converts_again(tmp_path):
     assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
 
 
+def test_fields_of_a_converted_repo_are_kept(tmp_path):
+    model = reference_model()
+    source = checkpoints.save(tmp_path / "in", checkpoints.apple(model), checkpoints.apple_config(model))
+    first = convert(source, tmp_path / "first")
+    fields = json.loads((first / "config.json").read_text()) | {"patch_layout": "channels_last", "merge_temporal": True}
+    (first / "config.json").write_text(json.dumps(fields))
+    second = convert(first, tmp_path / "second")
+    assert json.loads((second / "config.json").read_text()) == fields
+    assert json.loads((second / "preprocessor_config.json").read_text())["patch_layout"] == "channels_last"
+
+
 def test_main_prints_the_error_and_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["convert_weights.py", str(tmp_path / "nothing here"), str(tmp_path / "out")])
     assert main() == 1

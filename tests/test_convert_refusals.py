@@ -104,12 +104,42 @@ def test_stray_layer_without_a_config(tmp_path):
         ({"rms_norm_eps": -1.0}, "`rms_norm_eps` must be positive"),
         ({"hidden_act": "no such"}, "`hidden_act` must be one of"),
         ({"is_native": True}, "left over: preprocessor.pos_embed"),
+        ({"num_attention_heads": [2]}, "num_attention_heads"),
+        ({"num_attention_heads": None, "model_type": ["aimv2"]}, "no config.json says num_attention_heads"),
     ],
 )
 def test_config_that_contradicts(source, changes, message):
     change_config(source, **changes)
     with pytest.raises(ValueError, match=message):
         convert(source)
+
+
+@pytest.mark.parametrize("length", [1 << 62, (1 << 64) - 1])
+def test_sizes_that_no_tensor_can_have(source, length):
+    def change(header):
+        # A tensor without values may be of any size in a true header.
+        taken = header["filling"] = header["trunk.blocks.0.mlp.fc1.weight"].copy()
+        start = taken["data_offsets"][0]
+        header["trunk.blocks.0.mlp.fc1.weight"] = taken | {"shape": [length, 0], "data_offsets": [start, start]}
+
+    rewrite_header(source / "model.safetensors", change)
+    change_config(source, intermediate_size=None)
+    with pytest.raises(ValueError, match=rf"no tensor can hold a weight of .* \* {length}"):
+        convert(source)
+
+
+def test_more_layers_than_could_be_built(tmp_path):
+    tensors = checkpoints.apple(reference_model(hidden_size=128, num_attention_heads=1))
+    tensors |= {f"trunk.blocks.{index}.norm_1.weight": torch.ones(0) for index in range(2, 4_000)}
+    with pytest.raises(ValueError, match=r"missing: trunk\.blocks\.2\..* more"):
+        convert(checkpoints.save(tmp_path / "in", tensors))
+
+
+def test_deeply_nested_config(tmp_path):
+    model = reference_model(hidden_size=128, num_attention_heads=1)
+    source = checkpoints.save(tmp_path / "in", checkpoints.apple(model, "tower."))
+    (source / "config.json").write_text('{"a":' * 900 + json.dumps({"rms_norm_eps": -1.0}) + "}" * 900)
+    convert(source)
 
 
 def test_heads_that_differ(tmp_path):
@@ -234,6 +264,41 @@ def test_links_that_leave_the_folder_are_refused(source, tmp_path, name):
         convert(source)
 
 
+@pytest.mark.parametrize("name", ["config.json", "LICENSE", "model.safetensors"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_broken_links_are_refused(source, name, target):
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(name if target == "itself" else target)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        convert(source)
+
+
+def test_pipes_are_refused(source):
+    os.mkfifo(source / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is neither a folder nor a file"):
+        convert(source / "pipe.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a\0.safetensors", "\ud800.safetensors", "a" * 300 + ".safetensors"])
+def test_names_that_no_file_can_have(source, name):
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is no path of a file in .*in: "):
+        convert(source)
+
+
+@pytest.mark.parametrize("front_matter", ["a: b: c", "1: 2", "[a]: 1", "tags: 3", "license: [mit, {}]", "- a", "a: \1"])
+def test_cards_that_cannot_be_read_stop_no_conversion(source, front_matter):
+    (source / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    convert(source)
+    assert "does not state it in a card" in (source.parent / "out" / "README.md").read_text()
+
+
+def test_folder_of_licences(source):
+    (source / "LICENSES").mkdir()
+    convert(source)
+
+
 def test_links_inside_the_hub_cache_are_followed(source, tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -313,6 +378,7 @@ def test_values_too_large_for_the_dtype_are_named(source, capsys):
         (["--private"], "--private needs --push-to-hub"),
         (["--hub-revision", "x"], "--hub-revision needs --push-to-hub"),
         (["--max-shard-size", "5 apples"], "max-shard-size"),
+        (["--max-shard-size", "infGB"], "max-shard-size"),
         (["--verify", "--device", "no such device"], "device"),
         (["--verify", "--images", "no such image"], "no such image"),
         (["--dtype", "int8"], "invalid choice"),

@@ -139,3 +139,14 @@ def test_reference_is_apples_forward(tmp_path):
         rebuilt.eval(), {"hidden_states": patches, "grid_thw": torch.tensor([[1, 5, 7]])}, encoder.config
     )
     torch.testing.assert_close(features.double(), apple_forward(model, image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_code_that_the_configuration_names_is_not_run(tmp_path, name):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    (tmp_path / "out" / "trap.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')\n")
+    fields = json.loads((tmp_path / "out" / name).read_text())
+    fields["auto_map"] = dict.fromkeys(fields["auto_map"], "trap.Trap")
+    (tmp_path / "out" / name).write_text(json.dumps(fields))
+    assert verify(tmp_path / "out", "--reference", str(tmp_path / "in"))["passed"]
+    assert not (tmp_path / "trapped").exists()
