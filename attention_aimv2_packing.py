@@ -20,6 +20,11 @@ MAX_PATCHES_PER_CALL = 4096
 # Scores that `blocked_attention_forward` holds at a time: 4 MiB in float32.
 SCORES_PER_BLOCK = 1 << 20
 
+INTEGER_DTYPES = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
+
 
 class PackedLayout(NamedTuple):
     """
@@ -65,6 +70,20 @@ def equal_length_runs(lengths: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
+def is_dense(value: object) -> bool:
+    """Whether `value` is a tensor with strides and one size per dimension: not sparse, not nested."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+
+
+def describe(value: object) -> str:
+    """What was given, for the message that refuses it."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if not is_dense(value):
+        return f"a {'nested' if value.is_nested else value.layout} tensor"
+    return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
 def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) -> torch.Tensor:
     """
     Checks `grid_thw` and returns it as int64 on the CPU: the only device-to-host copy of a forward, and none at all
@@ -73,15 +92,19 @@ def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) ->
     Raises:
         ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.
     """
-    if not isinstance(grid_thw, torch.Tensor) or grid_thw.dtype.is_floating_point or grid_thw.dtype.is_complex:
-        given = grid_thw.dtype if isinstance(grid_thw, torch.Tensor) else type(grid_thw).__name__
-        raise ValueError(f"`grid_thw` must be a tensor of integers, got {given}.")
-    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or grid_thw.dtype == torch.bool:
+    if not is_dense(grid_thw) or grid_thw.dtype not in INTEGER_DTYPES or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(
-            "`grid_thw` must be integers of shape (num_images, 3), one row (t, h, w) per image, got "
-            f"{grid_thw.dtype} of shape {tuple(grid_thw.shape)}."
+            "`grid_thw` must be a tensor of integers of shape (num_images, 3), one row (t, h, w) per image, got "
+            f"{describe(grid_thw)}."
         )
-    grid_thw = grid_thw.detach().to("cpu", torch.int64)
+    if grid_thw.is_meta:
+        raise ValueError("`grid_thw` must hold sizes, got a tensor on the meta device.")
+    if num_patches is not None and len(grid_thw) > num_patches:
+        raise ValueError(
+            f"`grid_thw` describes {len(grid_thw)} images of at least one patch, but `hidden_states` holds "
+            f"{num_patches} patches."
+        )
+    grid_thw = grid_thw.detach().cpu()
     described = 0
     for index, (t, h, w) in enumerate(grid_thw.tolist()):
         if min(t, h, w) < 1:
@@ -91,7 +114,7 @@ def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) ->
         raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
     if described > torch.iinfo(torch.int32).max:
         raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
-    return grid_thw
+    return grid_thw.to(torch.int64)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

@@ -15,7 +15,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import capture_outputs
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
 
-from .attention_aimv2_packing import PackedLayout, equal_length_runs, packed_attention, validate_grid_thw
+from .attention_aimv2_packing import (
+    PackedLayout,
+    describe,
+    equal_length_runs,
+    is_dense,
+    packed_attention,
+    validate_grid_thw,
+)
 from .configuration_aimv2_packing import Aimv2PackingConfig
 
 
@@ -298,14 +305,20 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
-        if not isinstance(hidden_states, torch.Tensor):
-            raise ValueError(f"`hidden_states` must be a tensor, got {type(hidden_states).__name__}.")
         patch_dim = self.config.num_channels * self.config.patch_size**2
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim or not hidden_states.is_floating_point():
+        if (
+            not is_dense(hidden_states)
+            or not hidden_states.is_floating_point()
+            or hidden_states.dtype == torch.float4_e2m1fn_x2  # two values per element
+            or hidden_states.ndim != 2
+            or hidden_states.shape[1] != patch_dim
+        ):
             raise ValueError(
-                f"`hidden_states` must be floating-point patches of shape (total_patches, {patch_dim}), got "
-                f"{hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
+                f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), "
+                f"got {describe(hidden_states)}."
             )
+        if hidden_states.is_meta and self.device.type != "meta":
+            raise ValueError(f"`hidden_states` is on the meta device, but the model is on {self.device}.")
         if (grid_thw is None) == (layout is None):
             raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
         if layout is None:
