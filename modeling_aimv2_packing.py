@@ -250,7 +250,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if self.config.is_native:
             frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
             sizes = frames.prod(dim=1)
-            index = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            index = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             widths = frames[:, 1].repeat_interleave(sizes)
             position_ids, position_weights = torch.stack([index // widths, index % widths], dim=1), None
         else:
