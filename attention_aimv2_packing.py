@@ -42,6 +42,8 @@ class PackedLayout(NamedTuple):
             `(total_patches, 2)`; with learned ones the 16 learned positions that bicubic interpolation reads,
             `(total_patches, 16)`.
         position_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Weights of those 16.
+        learned_side (`int`, or `None`): Side of the square of learned positions; `None` with native ones.
+        merge_temporal (`bool`): Whether a video is one segment.
     """
 
     cu_seqlens: torch.Tensor
@@ -50,6 +52,8 @@ class PackedLayout(NamedTuple):
     max_grid_side: int
     position_ids: torch.Tensor
     position_weights: torch.Tensor | None
+    learned_side: int | None
+    merge_temporal: bool
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`; never waits for the device."""
@@ -115,6 +119,39 @@ def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) ->
     if described > torch.iinfo(torch.int32).max:
         raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
     return grid_thw.to(torch.int64)
+
+
+def validate_layout(layout: PackedLayout, num_patches: int, learned_side: int | None, merge_temporal: bool) -> None:
+    """
+    Checks that `layout` is one of `num_patches` for this kind of model. What its tensors hold is not read: they may be
+    on a device, and reading them would wait for it.
+
+    Raises:
+        ValueError: not a layout, one of other patches or of another kind of model, or one that contradicts itself.
+    """
+    # By its fields: a layout of the same code, loaded from another model repo, is of another class.
+    if getattr(layout, "_fields", None) != PackedLayout._fields:
+        raise ValueError(f"`layout` must be a `PackedLayout`, made by `prepare_layout`, got {describe(layout)}.")
+    if len(layout.position_ids) != num_patches:
+        raise ValueError(
+            f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds {num_patches}."
+        )
+    if (layout.learned_side, layout.merge_temporal) != (learned_side, merge_temporal):
+        raise ValueError(
+            "`layout` must come from a model with the same side of learned positions (`None`: native) and "
+            f"`merge_temporal`, here {(learned_side, merge_temporal)}, got "
+            f"{(layout.learned_side, layout.merge_temporal)}."
+        )
+    # A compiled graph would be one for these runs alone.
+    if torch.compiler.is_compiling():
+        return
+    stated = (len(layout.cu_seqlens) - 1, num_patches, layout.max_seqlen)
+    segments, patches = sum(count for count, _ in layout.runs), sum(count * length for count, length in layout.runs)
+    in_runs = (segments, patches, max((length for _, length in layout.runs), default=0))
+    if stated != in_runs:
+        raise ValueError(
+            f"`layout` contradicts itself: (segments, patches, longest segment) are {stated}, but {in_runs} in `runs`."
+        )
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

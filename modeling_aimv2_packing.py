@@ -22,6 +22,7 @@ from .attention_aimv2_packing import (
     is_dense,
     packed_attention,
     validate_grid_thw,
+    validate_layout,
 )
 from .configuration_aimv2_packing import Aimv2PackingConfig
 
@@ -231,6 +232,11 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embed
 
+    @property
+    def learned_side(self) -> int | None:
+        """Side of the square of learned positions; `None` with native ones."""
+        return None if self.config.is_native else self.config.image_size // self.config.patch_size
+
     @torch.compiler.disable
     def prepare_layout(self, grid_thw: torch.Tensor, num_patches: int | None = None) -> PackedLayout:
         """
@@ -254,12 +260,11 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             widths = frames[:, 1].repeat_interleave(sizes)
             position_ids, position_weights = torch.stack([index // widths, index % widths], dim=1), None
         else:
-            side = self.config.image_size // self.config.patch_size
             # One more image of one patch, cut off again, makes an empty batch valid.
             position_ids, position_weights = (
                 x[:-1]
                 for x in get_vision_interpolation_indices_and_weights(
-                    F.pad(grid_thw, (0, 0, 0, 1), value=1), side, mode="bicubic"
+                    F.pad(grid_thw, (0, 0, 0, 1), value=1), self.learned_side, mode="bicubic"
                 )
             )
         return PackedLayout(
@@ -269,6 +274,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             max_grid_side=int(grid_thw[:, 1:].max()) if lengths else 0,
             position_ids=position_ids,
             position_weights=position_weights,
+            learned_side=self.learned_side,
+            merge_temporal=self.config.merge_temporal,
         )
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -288,7 +295,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
                 costs no device synchronisation.
             layout (`PackedLayout`, *optional*):
-                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`.
+                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`; of this model, or of one with
+                the same kind of positions and `merge_temporal`. What its tensors hold is not checked.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the input of the encoder and the output of each layer, `(total_patches,
                 hidden_size)` each, before the final norm.
@@ -323,13 +331,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
         if layout is None:
             layout = self.prepare_layout(grid_thw, num_patches=len(hidden_states))
-        elif len(layout.position_ids) != len(hidden_states):
-            raise ValueError(
-                f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds "
-                f"{len(hidden_states)}."
-            )
-        elif (layout.position_weights is None) != self.config.is_native:
-            raise ValueError("`layout` must come from a model with the same kind of positions (`config.is_native`).")
+        else:
+            validate_layout(layout, len(hidden_states), self.learned_side, self.config.merge_temporal)
         layout = layout.to(hidden_states.device)
 
         hidden_states = self.embeddings(hidden_states, layout)
