@@ -8,8 +8,27 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="aimv2-packing-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import settings
+
+
+settings.register_profile("thorough", max_examples=5000, deadline=None)
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.load_profile("quick")
+
+
+class TorchRandom:
+    """torch's generator as hypothesis takes it: seeded with each example, so that a failure can be replayed."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()
+hypothesis.register_random(TORCH_RANDOM)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
