@@ -15,7 +15,15 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpol
 
 from .attention_aimv2_packing import packed_attention
 from .configuration_aimv2_packing import Aimv2PackingConfig
-from .layout_aimv2_packing import PackedLayout, Segments, plan_blocks, validate_grid_thw
+from .layout_aimv2_packing import (
+    PackedLayout,
+    Segments,
+    describe,
+    is_dense,
+    plan_blocks,
+    validate_grid_thw,
+    validate_layout,
+)
 from .linear_aimv2_packing import has_hooks, is_cpu_inference, linear, rms_norm
 
 
@@ -118,8 +126,9 @@ class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
         if not self.runs_in_blocks(hidden_states, layout):
             return self.encode(hidden_states, layout.segments)
         output = torch.empty_like(hidden_states)
-        for rows, segments in layout.blocks:
-            output[rows] = self.encode(hidden_states[rows], segments)
+        for rows, padding, segments in layout.blocks:
+            block = F.pad(hidden_states[rows], (0, 0, 0, padding))
+            output[rows] = self.encode(block, segments)[: len(block) - padding]
         return output
 
     def encode(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -227,6 +236,11 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embed
 
+    @property
+    def learned_side(self) -> int | None:
+        """Side of the square of learned positions; `None` with native ones."""
+        return None if self.config.is_native else self.config.image_size // self.config.patch_size
+
     @torch.compiler.disable
     def prepare_layout(self, grid_thw: torch.Tensor, num_patches: int | None = None) -> PackedLayout:
         """
@@ -245,16 +259,15 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if self.config.is_native:
             frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
             sizes = frames.prod(dim=1)
-            index = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+            index = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             widths = frames[:, 1].repeat_interleave(sizes)
             position_ids, position_weights = torch.stack([index % widths, index // widths], dim=1), None
         else:
-            side = self.config.image_size // self.config.patch_size
             # One more image of one patch, cut off again, makes an empty batch valid.
             position_ids, position_weights = (
                 x[:-1]
                 for x in get_vision_interpolation_indices_and_weights(
-                    F.pad(grid_thw, (0, 0, 0, 1), value=1), side, mode="bicubic"
+                    F.pad(grid_thw, (0, 0, 0, 1), value=1), self.learned_side, mode="bicubic"
                 )
             )
         return PackedLayout(
@@ -263,6 +276,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             max_grid_side=int(grid_thw[:, 1:].max()) if lengths else 0,
             position_ids=position_ids,
             position_weights=position_weights,
+            learned_side=self.learned_side,
+            merge_temporal=self.config.merge_temporal,
         )
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -282,7 +297,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
                 costs no device synchronisation.
             layout (`PackedLayout`, *optional*):
-                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`.
+                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`; of this model, or of one with
+                the same kind of positions and `merge_temporal`. What its tensors hold is not checked.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the input of the encoder and the output of each layer, `(total_patches,
                 hidden_size)` each, before the final norm.
@@ -299,25 +315,26 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         """
         if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
-        if not isinstance(hidden_states, torch.Tensor):
-            raise ValueError(f"`hidden_states` must be a tensor, got {type(hidden_states).__name__}.")
         patch_dim = self.config.num_channels * self.config.patch_size**2
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim or not hidden_states.is_floating_point():
+        if (
+            not is_dense(hidden_states)
+            or not hidden_states.is_floating_point()
+            or hidden_states.dtype == torch.float4_e2m1fn_x2  # two values per element
+            or hidden_states.ndim != 2
+            or hidden_states.shape[1] != patch_dim
+        ):
             raise ValueError(
-                f"`hidden_states` must be floating-point patches of shape (total_patches, {patch_dim}), got "
-                f"{hidden_states.dtype} of shape {tuple(hidden_states.shape)}."
+                f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), "
+                f"got {describe(hidden_states)}."
             )
+        if hidden_states.is_meta and self.device.type != "meta":
+            raise ValueError(f"`hidden_states` is on the meta device, but the model is on {self.device}.")
         if (grid_thw is None) == (layout is None):
             raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
         if layout is None:
             layout = self.prepare_layout(grid_thw, num_patches=len(hidden_states))
-        elif len(layout.position_ids) != len(hidden_states):
-            raise ValueError(
-                f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds "
-                f"{len(hidden_states)}."
-            )
-        elif (layout.position_weights is None) != self.config.is_native:
-            raise ValueError("`layout` must come from a model with the same kind of positions (`config.is_native`).")
+        else:
+            validate_layout(layout, len(hidden_states), self.learned_side, self.config.merge_temporal)
         layout = layout.to(hidden_states.device)
 
         hidden_states = self.embeddings(hidden_states, layout)

@@ -92,22 +92,32 @@ def test_layout_by_hand(model):
         [0, 0], [0, 1], [0, 2],
     ]  # fmt: skip
     (block,) = layout.blocks
-    assert block.rows == slice(0, 9)
+    assert block == (slice(0, 9), 0, block.segments)
     assert block.segments.runs == layout.segments.runs
 
 
 def test_blocks_by_hand(model):
-    """Whole segments up to 2048 patches; ordered by length where lengths alternate."""
+    """Whole segments up to 2048 patches; ordered by length where lengths alternate; padded to sizes that recur."""
     large, small = (1, 30, 40), (1, 20, 30)
     first, second, third = model.prepare_layout(torch.tensor([large, small, large, (1, 50, 50)])).blocks
-    assert (first.rows, first.segments.runs) == (slice(0, 1800), ((1, 1200), (1, 600)))
-    assert (second.rows, second.segments.runs) == (slice(1800, 3000), ((1, 1200),))
-    assert (third.rows, third.segments.runs) == (slice(3000, 5500), ((1, 2500),))
+    assert (first.rows, first.padding, first.segments.runs) == (slice(0, 1800), 24, ((1, 1200), (1, 600), (1, 24)))
+    assert (second.rows, second.padding, second.segments.runs) == (slice(1800, 3000), 16, ((1, 1200), (1, 16)))
+    assert (third.rows, third.padding, third.segments.runs) == (slice(3000, 5500), 60, ((1, 2500), (1, 60)))
 
     (block,) = model.prepare_layout(torch.tensor([(1, 1, 2), (1, 1, 1)] * 3)).blocks
     assert block.rows.tolist() == [2, 5, 8, 0, 1, 3, 4, 6, 7]
     assert block.segments.runs == ((3, 1), (3, 2))
     assert block.segments.cu_seqlens.tolist() == [0, 1, 2, 3, 5, 7, 9]
+
+
+def test_few_sizes_of_blocks(model):
+    """Each at most 3 % larger than it has to be."""
+    sizes = set()
+    for patches in range(1, 2049):
+        (block,) = model.prepare_layout(torch.tensor([(1, 1, patches)])).blocks
+        assert block.padding <= 0.032 * patches
+        sizes.add(patches + block.padding)
+    assert len(sizes) == 64 + 32 * 5
 
 
 def test_outputs_as_in_transformers(model):
