@@ -13,10 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+
+pytest.importorskip("ray", reason="needs requirements-scale.txt")
+
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-import pytest
 import torch
 from PIL import Image
 from reference import REPO

@@ -18,6 +18,8 @@ from scaling import make_model_repo
 from transformers import AutoModel, AutoProcessor
 
 
+pytest.importorskip("ray", reason="needs requirements-scale.txt")
+
 sys.path.append(str(REPO))
 import extract_features
 from extract_features import DoneIds, Encoder, Preprocessor, Settings, count_rows, list_input, read, run
