@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from transformers import Aimv2VisionModel, AutoImageProcessor
+from transformers import Aimv2VisionModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
@@ -234,14 +234,14 @@ def read_images(
             name, picture = pictures[index % num_photographs]
             width, height = draw.randint(224, 1000), draw.randint(224, 1000)
             pictures.append((f"{name} at {width} x {height}", picture.resize((width, height))))
-    processor = AutoImageProcessor.from_pretrained(
-        REPO,
-        trust_remote_code=True,
-        patch_size=config.patch_size,
-        patch_layout=config.patch_layout,
-        image_size=None if config.is_native else config.image_size,
-    )
-    return [name for name, _ in pictures], [processor(picture, return_tensors="pt") for _, picture in pictures]
+    # Not to `from_pretrained`: an AutoProcessor gives its arguments to the model's configuration as well.
+    sizes = {
+        "patch_size": config.patch_size,
+        "patch_layout": config.patch_layout,
+        "image_size": None if config.is_native else config.image_size,
+    }
+    processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+    return [name for name, _ in pictures], [processor(picture, return_tensors="pt", **sizes) for _, picture in pictures]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel, AutoProcessor
 
 
 REPO = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def main() -> None:
             print(f"  {path.name:40} {path.stat().st_size:>12,} bytes")
 
         print("\nStep 3. Load it with AutoModel and encode photographs of different shapes in one forward pass.")
-        processor = AutoImageProcessor.from_pretrained(converted, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
         model = AutoModel.from_pretrained(converted, trust_remote_code=True)
         paths = sorted((REPO / "examples" / "photographs").glob("*.jpg"))
         inputs = processor([Image.open(path) for path in paths], return_tensors="pt")

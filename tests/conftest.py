@@ -1,7 +1,9 @@
 """Fixtures of all tests. Nothing here touches the network or the user's caches."""
 
+import logging
 import os
 import tempfile
+from importlib.metadata import version
 
 
 # Before the first import of huggingface_hub, which reads them once.
@@ -31,6 +33,47 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()
 hypothesis.register_random(TORCH_RANDOM)
+
+
+# Libraries seldom give the stack level of a warning, so a filter cannot tell our use from theirs: all are errors, and
+# what is not ours to repair is listed. The last that matches counts.
+DEPRECATIONS = [
+    "error::DeprecationWarning",
+    "error::PendingDeprecationWarning",
+    "error::FutureWarning",
+    # Its successor, `activation_checkpointing_enable`, came with transformers 5.23, far above the floor.
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
+    # Asked for by peft.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # huggingface_hub's uploads through httpx.
+    "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
+    # Ray sets its own deprecated fields.
+    "ignore::DeprecationWarning:ray.data.context",
+]
+
+# For the scripts and examples that tests start.
+os.environ["PYTHONWARNINGS"] = ",".join(DEPRECATIONS)
+
+
+class RaiseDeprecations(logging.Handler):
+    """transformers and huggingface_hub announce some deprecations by logging, which no filter of warnings sees."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+for library in ("transformers", "huggingface_hub"):
+    logging.getLogger(library).addHandler(RaiseDeprecations())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in DEPRECATIONS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "huggingface_hub"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

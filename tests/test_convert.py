@@ -15,8 +15,8 @@ from transformers import (
     Aimv2TextConfig,
     Aimv2VisionConfig,
     Aimv2VisionModel,
-    AutoImageProcessor,
     AutoModel,
+    AutoProcessor,
 )
 
 from convert_weights import main, parse_arguments, run
@@ -248,7 +248,7 @@ def test_output_is_a_complete_model_repo(tmp_path):
     assert "license: apple-amlr" in card and "license_name: apple-ascl" in card
     assert "| astronaut.jpg | 56 x 56 |" in card
     assert "{{" not in card and "None" not in card
-    processor = AutoImageProcessor.from_pretrained(output, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     assert processor.image_size == 56
 
 

@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from reference import ODD_GRIDS, apple_forward, pack, packing_model, random_images, reference_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,12 +136,13 @@ def test_a_replaced_forward_is_called():
 
 
 def test_adapters_are_applied():
+    peft = pytest.importorskip("peft", reason="needs requirements-scale.txt")
     packed = packing_model(reference_model())
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
         without = packed(**inputs).last_hidden_state
     targets = ["q_proj", "v_proj", "gate_proj", "up_proj"]
-    adapted = get_peft_model(packed, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    adapted = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     with torch.inference_mode():
         ours = adapted(**inputs).last_hidden_state
     assert (ours - adapted(**inputs).last_hidden_state).abs().max() < 1e-5

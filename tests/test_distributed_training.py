@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+
+pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+pytest.importorskip("peft", reason="needs requirements-scale.txt")
+
 from distributed_worker import LEARNING_RATE, add_lora, batch_of, empty_batch, gradients, loss_of
 from peft import PeftModel
 from reference import Aimv2PackingModel, pack, random_images

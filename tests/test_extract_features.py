@@ -13,15 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+
+pytest.importorskip("ray", reason="needs requirements-scale.txt")
+
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-import pytest
 import torch
 from PIL import Image
 from reference import REPO
 from scaling import make_model_repo
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel, AutoProcessor
 
 
 sys.path.append(str(REPO))
@@ -76,7 +80,7 @@ class OneByOne:
     """The independent reference: transformers' own loading, one image per forward."""
 
     def __init__(self, repo: Path, dtype: torch.dtype = torch.float32):
-        self.processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
         self.model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
 
     @torch.no_grad()

@@ -15,8 +15,10 @@ from filelock import FileLock
 from PIL import Image
 from reference import REPO
 from scaling import make_model_repo
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel, AutoProcessor
 
+
+pytest.importorskip("ray", reason="needs requirements-scale.txt")
 
 sys.path.append(str(REPO))
 import extract_features
@@ -73,7 +75,7 @@ def rows_of(settings: Settings, done: tuple[str, ...] = (), budget: int = 4096) 
 
 def features_of(repo: Path, image: bytes, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The reference: transformers' own loading, one image alone; `(t, h, w, hidden_size)`."""
-    processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
     model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=dtype).eval()
     inputs = processor(Image.open(io.BytesIO(image)), return_tensors="pt")
     with torch.no_grad():

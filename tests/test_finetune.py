@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+
+pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+
 from reference import REPO
 from safetensors.torch import load_file
 from scaling import assert_tensors_close, run_processes

@@ -78,7 +78,7 @@ LOAD = """
     import torch
     from PIL import Image
     from safetensors.torch import load_file
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, AutoProcessor
 
     batch = load_file({inputs!r})
     expected, pooled = batch.pop("expected"), batch.pop("pooled")
@@ -89,7 +89,7 @@ LOAD = """
             output = model(**batch)
         torch.testing.assert_close(output.last_hidden_state, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(output.pooler_output, pooled, rtol=0, atol=1e-5)
-        processor = AutoImageProcessor.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
         grid = processor(Image.new("RGB", (80, 60)), return_tensors="pt")["grid_thw"]
         assert grid.tolist() == [[1, 4, 4]], grid
     print("loaded")
@@ -231,10 +231,10 @@ def test_push_to_hub_of_a_loaded_model_and_processor(hub, tmp_path, source, inpu
         tmp_path / "a",
         """
         import sys
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel, AutoProcessor
 
         AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("alice/copy")
-        AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("alice/copy")
+        AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).push_to_hub("alice/copy")
         """,
         convert(source, tmp_path / "out"),
     )
