@@ -101,7 +101,7 @@ def packed_attention(
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = module.config.attention_dropout if module.training else 0.0
     shared = {"scaling": query.shape[-1] ** -0.5, "dropout": dropout, "is_causal": False}
-    num_segments = len(cu_seqlens) - 1
+    num_segments = cu_seqlens.shape[0] - 1
     cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
     if single_query:
         cu_seqlens_q, max_seqlen_q = torch.arange(num_segments + 1, dtype=torch.int32, device=query.device), 1
@@ -120,7 +120,7 @@ def packed_attention(
         return output.squeeze(0)
 
     if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
-        if num_segments * max_seqlen != len(key):
+        if num_segments * max_seqlen != key.shape[0]:
             return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens, max_seqlen_q, max_seqlen)
         # All segments are of one length: the dense kernels are faster than the varlen one.
         runs = ((num_segments, max_seqlen),)

@@ -47,6 +47,8 @@ DEPRECATIONS = [
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     # huggingface_hub's uploads through httpx.
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
+    # torch's own compiler on a GPU.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     # Ray sets its own deprecated fields.
     "ignore::DeprecationWarning:ray.data.context",
 ]

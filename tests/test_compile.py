@@ -69,3 +69,28 @@ def test_the_encoder_exports_for_one_layout():
         exported = torch.export.export(Encoder(), (embedded,)).module()
         other = packed.embeddings(pack(random_images(ODD_GRIDS))["hidden_states"], layout)
         assert (exported(other) - packed.encoder(other, layout).last_hidden_state).abs().max() < 1e-5
+
+
+def test_the_encoder_exports_for_any_number_of_images_of_one_size():
+    packed = packing_model(reference_model())
+    of_one = packed.prepare_layout(torch.tensor([(1, 4, 5)]))
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = packed.encoder
+
+        def forward(self, embedded):
+            images, length, _ = embedded.shape
+            cu_seqlens = torch.arange(images + 1, dtype=torch.int32) * length
+            segments = of_one.segments._replace(cu_seqlens=cu_seqlens, runs=((images, length),))
+            layout = of_one._replace(segments=segments, blocks=())
+            return self.encoder(embedded.flatten(0, 1), layout).last_hidden_state
+
+    with torch.no_grad():
+        images = torch.export.Dim("images", min=2)
+        exported = torch.export.export(Encoder(), (torch.randn(3, 20, 64),), dynamic_shapes=({0: images},)).module()
+        for count in (2, 5, 40):
+            embedded = torch.randn(count, 20, 64)
+            expected = packed.encoder(embedded.flatten(0, 1), packed.prepare_layout(torch.tensor([(1, 4, 5)] * count)))
+            assert (exported(embedded) - expected.last_hidden_state).abs().max() < 1e-5
