@@ -28,13 +28,13 @@ def is_cpu_inference(hidden_states: torch.Tensor) -> bool:
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def has_onednn_kernel(linear: nn.Linear, hidden_states: torch.Tensor) -> bool:
+def has_onednn_kernel(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether oneDNN takes this product: a plain `nn.Linear` that nothing has wrapped, quantised or sharded."""
     if not is_cpu_inference(hidden_states) or torch.is_autocast_enabled("cpu") or hidden_states.numel() == 0:
         return False
-    if type(linear) is not nn.Linear or has_hooks(linear):
+    if type(module) is not nn.Linear or has_hooks(module):
         return False
-    weight, bfloat16 = linear.weight, hidden_states.dtype == torch.bfloat16
+    weight, bfloat16 = module.weight, hidden_states.dtype == torch.bfloat16
     return (
         type(weight) is nn.Parameter
         and type(hidden_states) is torch.Tensor
