@@ -49,7 +49,12 @@ class Aimv2PackingPatchEmbed(nn.Conv2d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         weight = self.weight.permute(0, 2, 3, 1) if self.channels_last else self.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.bias)
+        patches, weight = patches.to(weight.dtype), weight.flatten(1)
+        if patches.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+            # oneDNN's AMX kernels read past a row that fills no tile, into the next image: its NaN times 0 is NaN.
+            padding = -weight.shape[1] % 32
+            patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
+        return F.linear(patches, weight, self.bias)
 
 
 class Aimv2PackingPositionEmbedding(nn.Embedding):

@@ -167,9 +167,10 @@ def test_what_switches_fusion_off():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layers_temporaries_do_not_grow_with_the_batch(dtype):
-    """The largest tensor of a long batch is as long as the batch and as wide as its patches."""
+    """The largest tensor of a long batch is as long as the batch and as wide as its patches, in bf16 whole tiles."""
     packed = packing_model(reference_model(dtype, num_hidden_layers=1))
     inputs = pack(random_images([(16, 16)] * 40))
     with torch.inference_mode(), Operators() as operators:
         packed(**inputs)
-    assert operators.largest == inputs["hidden_states"].numel()
+    width = 588 if dtype == torch.float32 else 608
+    assert operators.largest == len(inputs["hidden_states"]) * width
