@@ -7,6 +7,7 @@ from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 # Where no varlen kernel exists, neighbouring segments of equal length share one attention call up to this many
@@ -60,7 +61,7 @@ class Segments(NamedTuple):
 
 class Block(NamedTuple):
     """
-    Whole segments that go through an encoder layer together.
+    Whole segments that go through the model together.
 
     Attributes:
         rows (`slice` or `torch.Tensor`, int64 of shape `(block_patches,)`): Where their patches are in the batch.
@@ -96,6 +97,17 @@ class PackedLayout(NamedTuple):
     position_weights: torch.Tensor | None
     learned_side: int | None
     merge_temporal: bool
+
+    def of(self, block: Block) -> "PackedLayout":
+        """The layout of one block alone, its padding at any position."""
+        position_ids, weights = self.position_ids[block.rows], self.position_weights
+        padding = (0, 0, 0, block.padding)
+        return self._replace(
+            segments=block.segments,
+            blocks=(),
+            position_ids=F.pad(position_ids, padding),
+            position_weights=None if weights is None else F.pad(weights[block.rows], padding),
+        )
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with what a forward reads on `device` moved there; never waits for the device."""

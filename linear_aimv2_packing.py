@@ -6,6 +6,7 @@ elsewhere, and wherever something has wrapped a module, the module itself.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -14,18 +15,22 @@ from transformers.activations import ACT2FN
 
 SILU = type(ACT2FN["silu"])
 
-# `nn.RMSNorm` is several passes in half precision: over this many patches at a time they stay in the cache.
-PATCHES_PER_NORM = 256
-
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something observes or replaces the module's forward: then it has to be called, and with all patches."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
 
 
 def is_cpu_inference(hidden_states: torch.Tensor) -> bool:
     """Whether a forward of this tensor is on a CPU, without gradients or a compiler."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+@cache
+def has_bfloat16_kernel() -> bool:
+    """Whether this CPU has instructions for which oneDNN has bfloat16 kernels."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def has_onednn_kernel(module: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -42,7 +47,7 @@ def has_onednn_kernel(module: nn.Module, hidden_states: torch.Tensor) -> bool:
         and (bfloat16 or hidden_states.dtype == torch.float32)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and (not bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (not bfloat16 or has_bfloat16_kernel())
     )
 
 
@@ -67,8 +72,9 @@ def linear(
 
 
 def rms_norm(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`module(hidden_states)`, where a norm has several passes over few patches at a time."""
-    half = hidden_states.dtype in (torch.bfloat16, torch.float16)
-    if not (half and is_cpu_inference(hidden_states)) or has_hooks(module):
+    """`module(hidden_states)`, by fewer passes over the patches than `nn.RMSNorm` takes on a CPU."""
+    if type(module) is not nn.RMSNorm or has_hooks(module) or not is_cpu_inference(hidden_states):
         return module(hidden_states)
-    return torch.cat([module(patches) for patches in hidden_states.split(PATCHES_PER_NORM)])
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / hidden_states.shape[-1]
+    return (wide * (mean_square + module.eps).rsqrt()).mul_(module.weight).to(hidden_states.dtype)

@@ -38,6 +38,28 @@ def sincos_table(num_positions: int, dim: int, device: torch.device) -> torch.Te
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def in_blocks(module: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """
+    `module.encode(hidden_states, layout)`; on a CPU in inference one block after the other, which its cache rewards,
+    unless something in the module has to see all patches at once.
+    """
+    if (
+        not layout.blocks
+        or not is_cpu_inference(hidden_states)
+        or module.config._attn_implementation != "sdpa"
+        or any(has_hooks(inner) for inner in module.modules() if inner is not module)
+    ):
+        return module.encode(hidden_states, layout)
+    output = None
+    for block in layout.blocks:
+        own = hidden_states[block.rows]
+        encoded = module.encode(F.pad(own, (0, 0, 0, block.padding)) if block.padding else own, layout.of(block))
+        if output is None:
+            output = encoded.new_empty(len(hidden_states), encoded.shape[-1])
+        output[block.rows] = encoded[: len(own)]
+    return output
+
+
 class Aimv2PackingPatchEmbed(nn.Conv2d):
     """The patch convolution as one matrix product over patches that are already cut out."""
 
@@ -78,7 +100,7 @@ class Aimv2PackingEmbeddings(nn.Module):
 
     def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         # Under autocast this starts the residual stream in the dtype of the weights, as in the original.
-        hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
+        hidden_states = rms_norm(self.rms_norm, self.patch_embed(patches).to(self.rms_norm.weight.dtype))
         if self.config.is_native:
             table = sincos_table(layout.max_grid_side, self.config.hidden_size // 4, hidden_states.device)
             return hidden_states + table.to(hidden_states.dtype)[layout.position_ids].flatten(1)
@@ -128,26 +150,11 @@ class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        if not self.runs_in_blocks(hidden_states, layout):
-            return self.encode(hidden_states, layout.segments)
-        output = torch.empty_like(hidden_states)
-        for rows, padding, segments in layout.blocks:
-            block = F.pad(hidden_states[rows], (0, 0, 0, padding))
-            output[rows] = self.encode(block, segments)[: len(block) - padding]
-        return output
+        return in_blocks(self, hidden_states, layout)
 
-    def encode(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(rms_norm(self.rms_norm1, hidden_states), segments)
+    def encode(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(rms_norm(self.rms_norm1, hidden_states), layout.segments)
         return hidden_states + self.ffn(rms_norm(self.rms_norm2, hidden_states))
-
-    def runs_in_blocks(self, hidden_states: torch.Tensor, layout: PackedLayout) -> bool:
-        """Whether `layout.blocks` go through one after the other, which a CPU's cache rewards."""
-        return (
-            len(layout.blocks) > 0
-            and is_cpu_inference(hidden_states)
-            and self.config._attn_implementation == "sdpa"
-            and not any(has_hooks(module) for module in self.modules() if module is not self)
-        )
 
 
 class Aimv2PackingEncoder(nn.Module):
@@ -342,12 +349,15 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             validate_layout(layout, len(hidden_states), self.learned_side, self.config.merge_temporal)
         layout = layout.to(hidden_states.device)
 
-        hidden_states = self.embeddings(hidden_states, layout)
-        last_hidden_state = self.rms_norm(self.encoder(hidden_states, layout).last_hidden_state)
+        last_hidden_state = in_blocks(self, hidden_states, layout)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self.head(last_hidden_state, layout) if self.config.use_head else None,
         )
+
+    def encode(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        hidden_states = self.encoder(self.embeddings(hidden_states, layout), layout).last_hidden_state
+        return rms_norm(self.rms_norm, hidden_states)
 
 
 __all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel", "PackedLayout"]

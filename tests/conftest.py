@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import tempfile
 from importlib.metadata import version
 
@@ -21,6 +22,10 @@ from hypothesis import settings
 settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 class TorchRandom:

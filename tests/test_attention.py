@@ -94,10 +94,11 @@ def test_neighbours_of_equal_length_share_a_call(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(3, 400, 400), (1, 1100, 1100), (5, 1, 700)])
-def test_blocks_of_scores_add_up(batch, queries, keys):
+def test_blocks_of_scores_add_up(batch, queries, keys, monkeypatch):
     """Lengths at which a block holds some heads, or a part of one head's queries; against float64."""
     packed = packing_model(reference_model())
     attention = sys.modules[sys.modules[type(packed).__module__].packed_attention.__module__]
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 1 << 19)
     query = torch.randn(batch, 3, queries, 16).bfloat16()
     key, value = (torch.randn(batch, 3, keys, 16).bfloat16() for _ in range(2))
     ours, _ = attention.blocked_attention_forward(None, query, key, value, None, scaling=0.25)
