@@ -13,7 +13,7 @@ from .layout_aimv2_packing import Segments
 from .linear_aimv2_packing import is_cpu_inference
 
 
-# Scores that `blocked_attention_forward` holds at a time: 4 MiB in half precision. With fewer, keys are packed more often.
+# Scores that `blocked_attention_forward` holds at a time: 4 MiB in half precision. Fewer would pack keys more often.
 SCORES_PER_BLOCK = 1 << 21
 
 # Up to this many patches a segment's scores, written out, beat PyTorch's CPU flash attention in float32 too.

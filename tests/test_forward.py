@@ -130,10 +130,10 @@ def test_outputs_as_in_transformers(model):
     assert outputs.hidden_states is None
     assert len(detailed.hidden_states) == model.config.num_hidden_layers + 1
     with torch.inference_mode():
-        assert torch.equal(model.rms_norm(detailed.hidden_states[-1]), outputs.last_hidden_state)
+        torch.testing.assert_close(model.rms_norm(detailed.hidden_states[-1]), outputs.last_hidden_state)
     assert len({id(state) for state in detailed.hidden_states}) == len(detailed.hidden_states)
     assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_tuple[0], outputs.last_hidden_state)
+    torch.testing.assert_close(as_tuple[0], outputs.last_hidden_state)
     assert torch.equal(as_tuple[1], outputs.pooler_output)
 
 
