@@ -373,22 +373,27 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
 
 
 def measure_growth(models, args: argparse.Namespace) -> list[dict]:
-    """Time and memory of ever more images of 256 patches."""
-    rows = []
+    """Time and memory of ever more images of 256 patches, repetitions of all sizes interleaved."""
+    runs = {}
     for images in args.growth:
         candidates = Candidates(models, [(16, 16)] * images, args)
-        run = step(candidates.forwards[f"packed {args.attn[0]}"], args.train)
-        run()
-        repeats = max(1, min(args.repeats, 64 // images))
-        times = [seconds(run, args.device) for _ in range(repeats)]
-        rows.append(
-            {
-                "patches": images * 256,
-                "seconds_per_patch": statistics.median(times) / (images * 256),
-                "peak_bytes": peak_memory(run, args.device),
-            }
-        )
-    return rows
+        runs[images * 256] = step(candidates.forwards[f"packed {args.attn[0]}"], args.train)
+    peaks = {patches: peak_memory(run, args.device) for patches, run in runs.items()}  # warms up
+    times: dict[int, list[float]] = {patches: [] for patches in runs}
+    for _ in range(min(args.repeats, 3)):
+        for patches, run in runs.items():
+            times[patches].append(seconds(run, args.device) / patches)
+    return [
+        {
+            "patches": patches,
+            "seconds_per_patch": statistics.median(times[patches]),
+            "seconds_per_patch_over_fewest": statistics.median(
+                own / fewest for own, fewest in zip(times[patches], times[min(runs)], strict=True)
+            ),
+            "peak_bytes": peaks[patches],
+        }
+        for patches in runs
+    ]
 
 
 def print_results(results: dict) -> None:
@@ -410,7 +415,8 @@ def print_results(results: dict) -> None:
                 print(line)
         for row in run["growth"]:
             memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
-            print(f"  {row['patches']:6} patches: {row['seconds_per_patch'] * 1e6:.2f} us per patch{memory}")
+            line = f"  {row['patches']:6} patches: {row['seconds_per_patch'] * 1e6:.2f} us per patch"
+            print(f"{line}, x{row['seconds_per_patch_over_fewest']:.3f} of the fewest{memory}")
 
 
 def plot(results: dict, path: Path) -> None:

@@ -127,7 +127,7 @@ def test_offload_to_cpu_and_disk_changes_nothing(repo: Path, tmp_path: Path) -> 
     model = Aimv2PackingModel.from_pretrained(repo, device_map=device_map, offload_folder=tmp_path)
     assert model.encoder.layers[0].ffn.up_proj.weight.device.type == "meta"
     whole = Aimv2PackingModel.from_pretrained(repo)
-    for module in whole.encoder.modules():
+    for module in whole.modules():
         # Offloading hooks every module, and a module with a hook runs by its own kernels: compare with those.
         module.register_forward_hook(lambda *_: None)
     with torch.no_grad():
