@@ -73,7 +73,8 @@ def linear(
 
 def rms_norm(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`module(hidden_states)`, by fewer passes over the patches than `nn.RMSNorm` takes on a CPU."""
-    if type(module) is not nn.RMSNorm or has_hooks(module) or not is_cpu_inference(hidden_states):
+    plain = type(module) is nn.RMSNorm and type(module.weight) is nn.Parameter and not has_hooks(module)
+    if not (plain and module.weight.dtype == hidden_states.dtype and is_cpu_inference(hidden_states)):
         return module(hidden_states)
     wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / hidden_states.shape[-1]

@@ -53,7 +53,9 @@ def in_blocks(module: nn.Module, hidden_states: torch.Tensor, layout: PackedLayo
     output = None
     for block in layout.blocks:
         own = hidden_states[block.rows]
-        encoded = module.encode(F.pad(own, (0, 0, 0, block.padding)) if block.padding else own, layout.of(block))
+        # With ones, because not every dtype has a zero.
+        padded = F.pad(own, (0, 0, 0, block.padding), value=1.0) if block.padding else own
+        encoded = module.encode(padded, layout.of(block))
         if output is None:
             output = encoded.new_empty(len(hidden_states), encoded.shape[-1])
         output[block.rows] = encoded[: len(own)]

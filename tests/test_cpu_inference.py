@@ -59,6 +59,18 @@ def test_blocks_change_nothing(mix):
     assert (ours - with_gradients).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mix", MIXES)
+def test_patches_of_any_floating_point_dtype_go_through_blocks(mix, dtype):
+    packed = packing_model(reference_model(num_hidden_layers=1))
+    inputs = pack(random_images(MIXES[mix]))
+    patches = inputs["hidden_states"].abs().to(dtype)
+    with torch.inference_mode():
+        ours = packed(patches, inputs["grid_thw"]).last_hidden_state
+        expected = packed(patches.float(), inputs["grid_thw"]).last_hidden_state
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_blocks_in_half_precision_are_as_close_to_float64_as_the_original(dtype):
     reference = reference_model(dtype, hidden_size=256, intermediate_size=704, num_hidden_layers=4)
