@@ -1,4 +1,4 @@
-"""On a CPU in inference a layer runs in blocks and by fused kernels: the same numbers, and nothing is bypassed."""
+"""On a CPU in inference the model runs in blocks and by fused kernels: the same numbers, and nothing is bypassed."""
 
 import sys
 
