@@ -82,7 +82,9 @@ def main() -> None:
     print(f"\nStep 2. Convert it, and compare with the original model image by image:\n  python {' '.join(command)}")
     sys.stdout.flush()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if Path(source).exists() else None
-    if code := subprocess.run([sys.executable, f"{REPO}/{command[0]}", *command[1:]], env=environment).returncode:
+    if code := subprocess.run(
+        [sys.executable, f"{REPO}/{command[0]}", *command[1:]], check=False, env=environment
+    ).returncode:
         # The command has said why.
         sys.exit(code)
     print("\nThe model repo it made, ready to be loaded or pushed to the Hub:")
