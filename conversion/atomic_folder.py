@@ -3,12 +3,14 @@
 """Writes a folder that appears whole or not at all."""
 
 import ctypes
-import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 AT_FDCWD = -100
@@ -20,7 +22,7 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     Gives an empty folder beside `target` to fill, and renames it to `target` when the block ends without an
     exception. Until then, and if the process is killed at any moment, `target` is what it was; what a killed process
-    left behind is removed by the next one with the same target.
+    left behind is removed by the next one with the same target. An empty folder at `target` counts as none.
 
     Args:
         target (`Path`): The folder to make.
@@ -33,32 +35,53 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     target = target.resolve()
     work, previous = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent, wait=True):
-        if work.exists():
-            with locked(work, wait=False):
-                remove(work)
+    with only_process(target):
+        remove(work)
         restore(previous, target)
         remove(previous)
         check_target(target, overwrite)
         work.mkdir()
-        lock = open_locked(work, wait=False)
-    try:
-        yield work
-        for path in work.rglob("*"):
-            sync(path)
-        sync(work)
-        with locked(target.parent, wait=True):
+        try:
+            yield work
+            for path in work.rglob("*"):
+                sync(path)
+            sync(work)
             check_target(target, overwrite)
+            if is_empty_folder(target):
+                target.rmdir()
             if target.exists():
                 replace(work, target, previous)
             else:
                 work.rename(target)
-        sync(target.parent)
+            sync(target.parent)
+        finally:
+            restore(previous, target)
+            remove(previous)
+            remove(work)
+
+
+@contextmanager
+def only_process(target: Path) -> Iterator[None]:
+    """
+    Holds the lock of `target`, the empty file `.NAME.lock` beside it, which exists while a process makes `target`.
+    The system gives the lock up when a process dies. Who holds the lock removes the file; one that a killed process
+    left is taken over by the next.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    lock = FileLock(target.with_name(f".{target.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(f"{target} is being made by another process.") from None
+    try:
+        yield
     finally:
-        os.close(lock)
-        restore(previous, target)
-        remove(previous)
-        remove(work)
+        if os.name != "nt":
+            # Before the release: a lock on a removed file is no lock, which filelock notices. On Windows it removes it.
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def restore(previous: Path, target: Path) -> None:
@@ -68,8 +91,12 @@ def restore(previous: Path, target: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
+    if target.exists() and not overwrite and not is_empty_folder(target):
         raise FileExistsError(f"{target} exists. Choose another folder, or replace it with --overwrite.")
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def replace(work: Path, target: Path, previous: Path) -> None:
@@ -82,33 +109,17 @@ def replace(work: Path, target: Path, previous: Path) -> None:
 
 def exchange(first: Path, second: Path) -> bool:
     """Whether two folders have changed places in one step, which only Linux and some file systems can do."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     paths = AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second)
     return renameat2 is not None and renameat2(*paths, RENAME_EXCHANGE) == 0
 
 
-def open_locked(folder: Path, wait: bool) -> int:
-    """A descriptor of `folder` that holds its lock until it is closed; the system closes it when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(f"{folder} is in use by another process.") from None
-    return descriptor
-
-
-@contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[None]:
-    descriptor = open_locked(folder, wait)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Forces a file, or the names in a folder, to disk. Windows does the second by itself, and opens no folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    # Windows asks for a descriptor that may write.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

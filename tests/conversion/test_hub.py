@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The road to the Hub and back, with the real clients against a loopback Hub. They read their settings when they are
 imported, so each step runs in a process of its own with a fresh cache.
@@ -161,7 +163,7 @@ def test_interrupted_upload_and_rerun(hub, tmp_path, source):
         """
         import sys
         from pathlib import Path
-        from hub_upload import push_to_hub
+        from conversion.hub_upload import push_to_hub
 
         for folder in sys.argv[1:]:
             push_to_hub(Path(folder), "alice/aimv2")
@@ -192,7 +194,7 @@ def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):
         import os
         import sys
         from pathlib import Path
-        from hub_upload import push_to_hub
+        from conversion.hub_upload import push_to_hub
 
         for token, repo_id, private in (
             ("hf_wrong", "alice/x", False),
@@ -270,7 +272,7 @@ def test_source_on_the_hub(hub, tmp_path, model):
         hub,
         tmp_path / "a",
         """
-        from convert_weights import read_source
+        from conversion.sources import read_source
 
         for source in ("apple/aimv2-tiny", "apple/nothing"):
             try:

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Random damage to checkpoints: the converter gives exactly the tensors that are stored, or a clear error and no file.
 `pytest --hypothesis-profile thorough` tries many more cases.
@@ -32,7 +34,7 @@ from convert_weights import parse_arguments, run
 # So small that the header is a good part of the file, and every byte is hit sooner or later.
 MODEL = reference_model(hidden_size=8, intermediate_size=4, patch_size=2, image_size=4, is_native=False)
 CONFIG = checkpoints.apple_config(MODEL)
-LAYOUTS: dict[str, Callable] = {
+FORMATS: dict[str, Callable] = {
     "apple": checkpoints.apple,
     "timm": checkpoints.timm,
     "transformers": checkpoints.transformers,
@@ -52,7 +54,7 @@ SETTINGS = {
 # A case that takes longer is a failure.
 BOUNDED = settings(deadline=20_000)
 
-layouts = st.sampled_from(sorted(LAYOUTS))
+formats = st.sampled_from(sorted(FORMATS))
 odd_integers = st.sampled_from([-1, 0, 1, 3, 1 << 31, (1 << 62) - 1, 1 << 62, 1 << 63, (1 << 64) - 1, 1 << 64])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | odd_integers | st.floats() | st.text(max_size=5),
@@ -81,10 +83,10 @@ def bounded_memory() -> Iterator[None]:
 
 
 @contextmanager
-def checkpoint(layout: str, shards: int = 1, prefix: str = "") -> Iterator[Path]:
+def checkpoint(checkpoint_format: str, shards: int = 1, prefix: str = "") -> Iterator[Path]:
     """A folder with an intact checkpoint, alone in a temporary folder."""
     with TemporaryDirectory() as folder:
-        yield checkpoints.save(Path(folder).resolve() / "in", LAYOUTS[layout](MODEL, prefix), CONFIG, shards)
+        yield checkpoints.save(Path(folder).resolve() / "in", FORMATS[checkpoint_format](MODEL, prefix), CONFIG, shards)
 
 
 def read_file(path: Path) -> dict[str, Stored]:
@@ -120,7 +122,7 @@ def write_tensors(path: Path, tensors: dict[str, Stored]) -> None:
     write_file(path, json.dumps(header).encode(), data)
 
 
-def convert_or_refuse(source: Path, layout: str, *arguments: str, prefix: str = "") -> dict[str, Any] | None:
+def convert_or_refuse(source: Path, checkpoint_format: str, *arguments: str, prefix: str = "") -> dict[str, Any] | None:
     """The configuration of a right output; or `None` when the source is refused with a clear error and no output."""
     output = source.parent / "out"
     before = sorted(os.listdir(source.parent))
@@ -134,10 +136,10 @@ def convert_or_refuse(source: Path, layout: str, *arguments: str, prefix: str = 
         return None
     assert sorted(os.listdir(source.parent)) == sorted([*before, "out"])
     event("converted")
-    return assert_right(source, output, layout, prefix)
+    return assert_right(source, output, checkpoint_format, prefix)
 
 
-def assert_right(source: Path, output: Path, layout: str, prefix: str) -> dict[str, Any]:
+def assert_right(source: Path, output: Path, checkpoint_format: str, prefix: str) -> dict[str, Any]:
     """`output` holds what `source` holds, byte for byte under the other names, and fits transformers' model."""
     written, stored = read_folder(output), read_folder(source)
     fields = json.loads((output / "config.json").read_bytes())
@@ -151,7 +153,7 @@ def assert_right(source: Path, output: Path, layout: str, prefix: str) -> dict[s
         name: torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype]).view(tensor.shape)
         for name, tensor in written.items()
     }
-    back = LAYOUTS[layout](SimpleNamespace(state_dict=lambda: state, config=config), prefix)
+    back = FORMATS[checkpoint_format](SimpleNamespace(state_dict=lambda: state, config=config), prefix)
     assert back.keys() == stored.keys()
     for name, tensor in back.items():
         assert DTYPES[stored[name].dtype] == tensor.dtype, name
@@ -159,10 +161,10 @@ def assert_right(source: Path, output: Path, layout: str, prefix: str) -> dict[s
     return config.to_dict()
 
 
-@given(layout=layouts, data=st.data())
+@given(checkpoint_format=formats, data=st.data())
 @BOUNDED
-def test_flipped_cut_and_inserted_bytes(layout, data):
-    with checkpoint(layout) as source:
+def test_flipped_cut_and_inserted_bytes(checkpoint_format, data):
+    with checkpoint(checkpoint_format) as source:
         path = source / "model.safetensors"
         content = bytearray(path.read_bytes())
         data_start = 8 + struct.unpack("<Q", content[:8])[0]
@@ -183,26 +185,28 @@ def test_flipped_cut_and_inserted_bytes(layout, data):
                 length = data.draw(st.integers(0, 2 * data_start) | st.integers(0, (1 << 64) - 1))
                 content[:8] = struct.pack("<Q", length)
         path.write_bytes(content)
-        convert_or_refuse(source, layout)
+        convert_or_refuse(source, checkpoint_format)
 
 
-@given(layout=layouts, data=st.data(), shards=st.sampled_from([1, 2]))
+@given(checkpoint_format=formats, data=st.data(), shards=st.sampled_from([1, 2]))
 @BOUNDED
-def test_flipped_values_are_converted_as_they_are(layout, data, shards):
-    with checkpoint(layout, shards) as source:
+def test_flipped_values_are_converted_as_they_are(checkpoint_format, data, shards):
+    with checkpoint(checkpoint_format, shards) as source:
         path = data.draw(st.sampled_from(sorted(source.glob("*.safetensors"))))
         content = bytearray(path.read_bytes())
         data_start = 8 + struct.unpack("<Q", content[:8])[0]
         for at in data.draw(st.lists(st.integers(data_start, len(content) - 1), min_size=1, max_size=20)):
             content[at] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content)
-        assert convert_or_refuse(source, layout, "--max-shard-size", data.draw(st.sampled_from(["5GB", "1KB"])))
+        assert convert_or_refuse(
+            source, checkpoint_format, "--max-shard-size", data.draw(st.sampled_from(["5GB", "1KB"]))
+        )
 
 
-@given(layout=layouts, data=st.data())
+@given(checkpoint_format=formats, data=st.data())
 @BOUNDED
-def test_headers_that_lie(layout, data):
-    with checkpoint(layout) as source:
+def test_headers_that_lie(checkpoint_format, data):
+    with checkpoint(checkpoint_format) as source:
         path = source / "model.safetensors"
         content = path.read_bytes()
         data_start = 8 + struct.unpack("<Q", content[:8])[0]
@@ -231,13 +235,13 @@ def test_headers_that_lie(layout, data):
             entries[index : index + 1] = [] if change == "drop" and len(entries) > 1 else [(name, entry)]
         pairs = (f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in entries)
         write_file(path, "{{{}}}".format(",".join(pairs)).encode(), content[data_start:])
-        convert_or_refuse(source, layout)
+        convert_or_refuse(source, checkpoint_format)
 
 
-@given(layout=layouts, data=st.data(), configured=st.booleans())
+@given(checkpoint_format=formats, data=st.data(), configured=st.booleans())
 @BOUNDED
-def test_true_headers_of_other_tensors(layout, data, configured):
-    with checkpoint(layout) as source:
+def test_true_headers_of_other_tensors(checkpoint_format, data, configured):
+    with checkpoint(checkpoint_format) as source:
         path = source / "model.safetensors"
         tensors = read_file(path)
         for _ in range(data.draw(st.integers(1, 3))):
@@ -269,13 +273,13 @@ def test_true_headers_of_other_tensors(layout, data, configured):
         write_tensors(path, tensors)
         if not configured:
             (source / "config.json").unlink()
-        convert_or_refuse(source, layout)
+        convert_or_refuse(source, checkpoint_format)
 
 
-@given(layout=layouts, data=st.data())
+@given(checkpoint_format=formats, data=st.data())
 @BOUNDED
-def test_indexes_and_links_that_lie(layout, data):
-    with checkpoint(layout, shards=2) as source:
+def test_indexes_and_links_that_lie(checkpoint_format, data):
+    with checkpoint(checkpoint_format, shards=2) as source:
         index = source / "model.safetensors.index.json"
         fields = json.loads(index.read_bytes())
         weight_map = fields["weight_map"]
@@ -311,14 +315,14 @@ def test_indexes_and_links_that_lie(layout, data):
         if isinstance(fields, dict) and isinstance(fields.get("weight_map"), dict):
             fields["weight_map"] = weight_map
         index.write_text(json.dumps(fields))
-        convert_or_refuse(source, layout)
+        convert_or_refuse(source, checkpoint_format)
 
 
-@given(layout=layouts, data=st.data(), nested=st.booleans())
+@given(checkpoint_format=formats, data=st.data(), nested=st.booleans())
 @BOUNDED
-def test_source_configurations(layout, data, nested):
+def test_source_configurations(checkpoint_format, data, nested):
     prefix = "tower." if nested else ""
-    with checkpoint(layout, prefix=prefix) as source:
+    with checkpoint(checkpoint_format, prefix=prefix) as source:
         fields = CONFIG | {"model_type": data.draw(st.sampled_from(["aimv2", "aimv2_vision_model", "aimv2_packing"]))}
         names = st.sampled_from([*CONFIG, *SETTINGS, "use_head", "is_native", "image_size"]) | st.text(max_size=5)
         values = json_values | st.sampled_from([0.5, 2, 4, 8, "gelu", "channels_last"])
@@ -327,7 +331,7 @@ def test_source_configurations(layout, data, nested):
             fields.pop(name, None)
         whole = {"vision_config": fields} | data.draw(st.dictionaries(st.text(max_size=5), json_values, max_size=2))
         (source / "config.json").write_text(json.dumps(whole if nested else fields))
-        written = convert_or_refuse(source, layout, prefix=prefix)
+        written = convert_or_refuse(source, checkpoint_format, prefix=prefix)
         if written and not nested:
             for name, default in SETTINGS.items():
                 assert written.get(name, default) == fields.get(name, default), name

@@ -8,6 +8,7 @@ tensors the names and its configuration the fields that `Aimv2VisionModel` has. 
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2VisionModel
 
 from configuration_aimv2_packing import Aimv2PackingConfig
-from safetensors_files import DTYPES, StoredTensor
+
+from .safetensors_files import DTYPES, StoredTensor
 
 
 # All released models have this head size.
@@ -26,7 +28,7 @@ HEAD_SIZE = 128
 ENCODER_TYPES = ("aimv2_vision_model", "aimv2_packing", "ovis2_vision")
 
 
-class Layout(NamedTuple):
+class CheckpointFormat(NamedTuple):
     """
     Names that a library gives to the encoder's tensors.
 
@@ -57,10 +59,10 @@ class Layout(NamedTuple):
         return "qkv".index(match[1]) if match else None
 
 
-LAYOUTS = (
-    Layout("transformers", {}, dropped=r"embeddings\.position_ids"),
-    Layout("transformers Ovis2", {"embeddings.patch_embed": "embeddings.patch_embedding"}),
-    Layout(
+CHECKPOINT_FORMATS = (
+    CheckpointFormat("transformers", {}, dropped=r"embeddings\.position_ids"),
+    CheckpointFormat("transformers Ovis2", {"embeddings.patch_embed": "embeddings.patch_embedding"}),
+    CheckpointFormat(
         "Apple",
         {
             "embeddings.patch_embed": "preprocessor.patchifier.proj",
@@ -82,7 +84,7 @@ LAYOUTS = (
         },
         fused_qkv=True,
     ),
-    Layout(
+    CheckpointFormat(
         "timm",
         {
             "embeddings.patch_embed": "patch_embed.proj",
@@ -112,7 +114,7 @@ class Encoder:
     An AIMv2 vision encoder found in a checkpoint, or what looks most like one.
 
     Attributes:
-        layout (`Layout`): How its tensors are named.
+        checkpoint_format (`CheckpointFormat`): How its tensors are named.
         prefix (`str`): What their names begin with.
         config (`Aimv2PackingConfig`): Its configuration; meaningless if anything is wrong.
         tensors (`dict[str, StoredTensor]`): Where the tensors are, by `Aimv2VisionModel`'s names and in its order.
@@ -121,7 +123,7 @@ class Encoder:
             there under the same prefix, and descriptions of tensors or settings that do not fit.
     """
 
-    layout: Layout
+    checkpoint_format: CheckpointFormat
     prefix: str
     config: Aimv2PackingConfig = field(default_factory=Aimv2PackingConfig)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
@@ -134,9 +136,17 @@ class Encoder:
     def problems(self) -> int:
         return len(self.missing) + len(self.left_over) + len(self.wrong)
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most of the weights."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes_as(None)
+        return DTYPES[sizes.most_common(1)[0][0]]
+
     def describe(self) -> str:
         where = f" under {self.prefix!r}" if self.prefix else ""
-        lines = [f"the {self.layout.name} layout{where}"]
+        lines = [f"the {self.checkpoint_format.name} checkpoint format{where}"]
         for label, names in (("missing", self.missing), ("left over", self.left_over), ("wrong", self.wrong)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -154,18 +164,18 @@ def find_encoder(tensors: dict[str, StoredTensor], source_config: dict[str, Any]
         prefix (`str`, *optional*): What the names of the encoder's tensors begin with, where more than one fits.
 
     Raises:
-        ValueError: there is no complete encoder, with what is missing, left over or misshapen in the nearest layout;
-            or there is more than one.
+        ValueError: there is no complete encoder, with what is missing, left over or misshapen in the nearest checkpoint
+            format; or there is more than one.
     """
     wanted = None if prefix is None else prefix.removesuffix(".") + "." if prefix else ""
     candidates = []
-    for layout in LAYOUTS:
-        anchor = layout.stored_name("embeddings.patch_embed.weight")
+    for checkpoint_format in CHECKPOINT_FORMATS:
+        anchor = checkpoint_format.stored_name("embeddings.patch_embed.weight")
         for name in tensors:
             if name == anchor or name.endswith("." + anchor):
-                candidate = Encoder(layout, name.removesuffix(anchor))
+                candidate = Encoder(checkpoint_format, name.removesuffix(anchor))
                 if wanted in (None, candidate.prefix):
-                    match_layout(candidate, tensors, source_config)
+                    match_format(candidate, tensors, source_config)
                     candidates.append(candidate)
     complete = [candidate for candidate in candidates if not candidate.problems]
     if len(complete) == 1:
@@ -175,21 +185,21 @@ def find_encoder(tensors: dict[str, StoredTensor], source_config: dict[str, Any]
         raise ValueError(f"The checkpoint holds {len(complete)} AIMv2 encoders. Choose one with --prefix: {listed}.")
     if not candidates:
         where = "" if prefix is None else f" under the prefix {prefix!r}"
+        anchors = ", ".join(each.stored_name("embeddings.patch_embed.weight") for each in CHECKPOINT_FORMATS)
         raise ValueError(
             f"No AIMv2 vision encoder{where} among the checkpoint's {len(tensors)} tensors "
-            f"({', '.join(sorted(tensors)[:3])}, ...): no layout's patch embedding is there "
-            f"({', '.join(layout.stored_name('embeddings.patch_embed.weight') for layout in LAYOUTS)})."
+            f"({', '.join(sorted(tensors)[:3])}, ...): no checkpoint format's patch embedding is there ({anchors})."
         )
     nearest = max(candidates, key=lambda candidate: (len(candidate.tensors), -candidate.problems))
     raise ValueError(f"No complete AIMv2 vision encoder. The nearest is {nearest.describe()}")
 
 
-def match_layout(encoder: Encoder, tensors: dict[str, StoredTensor], source_config: dict[str, Any]) -> None:
-    """Fills in what `encoder.layout` finds under `encoder.prefix`, and what is wrong with it."""
+def match_format(encoder: Encoder, tensors: dict[str, StoredTensor], source_config: dict[str, Any]) -> None:
+    """Fills in what `encoder.checkpoint_format` finds under `encoder.prefix`, and what is wrong with it."""
     prefix = encoder.prefix
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
-        geometry = read_geometry(encoder.layout, own)
+        geometry = read_geometry(encoder.checkpoint_format, own)
         settings = read_settings(geometry, source_config, whole=not prefix)
         encoder.config = Aimv2PackingConfig(**{**geometry, **settings})
     except (StrictDataclassError, ValueError) as error:
@@ -198,7 +208,7 @@ def match_layout(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
 
     used = set()
     for name, whole in expected_shapes(encoder.config).items():
-        stored_name, part = encoder.layout.stored_name(name), encoder.layout.part(name)
+        stored_name, part = encoder.checkpoint_format.stored_name(name), encoder.checkpoint_format.part(name)
         shape = whole if part is None else (3 * whole[0], *whole[1:])
         stored, label = own.get(stored_name), prefix + stored_name
         used.add(stored_name)
@@ -213,7 +223,7 @@ def match_layout(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
             encoder.tensors[name] = stored if part is None else stored.part(part, 3)
 
     others = [name for name in own if name not in used]
-    dropped = {name for name in others if re.fullmatch(encoder.layout.dropped, name)}
+    dropped = {name for name in others if re.fullmatch(encoder.checkpoint_format.dropped, name)}
     encoder.left_over = [prefix + name for name in others if name not in dropped]
     encoder.dropped = [prefix + name for name in others if name in dropped]
     encoder.dropped += [name for name in tensors if not name.startswith(prefix)]
@@ -236,7 +246,7 @@ def expected_shapes(config: Aimv2PackingConfig) -> dict[str, tuple[int, ...]]:
     return {name.replace(".0.", f".{index}."): tuple(state[name].shape) for index, name in names}
 
 
-def read_geometry(layout: Layout, own: dict[str, StoredTensor]) -> dict[str, Any]:
+def read_geometry(checkpoint_format: CheckpointFormat, own: dict[str, StoredTensor]) -> dict[str, Any]:
     """
     The fields of the configuration that names and shapes of the tensors determine.
 
@@ -245,7 +255,7 @@ def read_geometry(layout: Layout, own: dict[str, StoredTensor]) -> dict[str, Any
     """
 
     def stored(name: str, rank: int) -> StoredTensor:
-        stored_name = layout.stored_name(name)
+        stored_name = checkpoint_format.stored_name(name)
         if stored_name not in own:
             raise ValueError(f"{stored_name} is missing")
         if len(own[stored_name].shape) != rank:
@@ -253,9 +263,9 @@ def read_geometry(layout: Layout, own: dict[str, StoredTensor]) -> dict[str, Any
         return own[stored_name]
 
     def present(name: str) -> bool:
-        return layout.stored_name(name) in own
+        return checkpoint_format.stored_name(name) in own
 
-    norm = re.escape(layout.stored_name("encoder.layers.0.rms_norm1.weight")).replace(r"\.0\.", r"\.\d+\.")
+    norm = re.escape(checkpoint_format.stored_name("encoder.layers.0.rms_norm1.weight")).replace(r"\.0\.", r"\.\d+\.")
     hidden_size, num_channels, patch_size, patch_width = stored("embeddings.patch_embed.weight", 4).shape
     if patch_size != patch_width:
         raise ValueError(
@@ -274,7 +284,7 @@ def read_geometry(layout: Layout, own: dict[str, StoredTensor]) -> dict[str, Any
         "is_native": not present("embeddings.position_embedding.weight"),
     }
     if not fields["is_native"]:
-        shape = own[layout.stored_name("embeddings.position_embedding.weight")].shape
+        shape = own[checkpoint_format.stored_name("embeddings.position_embedding.weight")].shape
         num_positions = shape[-2] if len(shape) > 1 else 0
         side = math.isqrt(num_positions)
         if not side or side**2 != num_positions:

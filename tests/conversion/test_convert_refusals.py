@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """What is no complete, safe AIMv2 checkpoint is refused with a message that says why, and nothing is written."""
 
 import json
@@ -54,8 +56,11 @@ def change_config(source: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trunk.blocks.1.mlp.fc3.weight": None}, r"the Apple layout\n  missing: trunk.blocks.1.mlp.fc3.weight"),
-        ({"trunk.blocks.1.extra": torch.ones(3)}, r"the Apple layout\n  left over: trunk.blocks.1.extra"),
+        (
+            {"trunk.blocks.1.mlp.fc3.weight": None},
+            r"the Apple checkpoint format\n  missing: trunk.blocks.1.mlp.fc3.weight",
+        ),
+        ({"trunk.blocks.1.extra": torch.ones(3)}, r"the Apple checkpoint format\n  left over: trunk.blocks.1.extra"),
         (
             {"trunk.blocks.5.norm_1.weight": torch.ones(64)},
             "config.json says num_hidden_layers 2, the tensors say 3",
@@ -162,7 +167,7 @@ def test_another_vision_encoder(tmp_path):
         "vision.embeddings.patch_embedding.weight": torch.ones(8, 3, 14, 14),
         "vision.post_layernorm.weight": torch.ones(8),
     }
-    with pytest.raises(ValueError, match=r"nearest is the transformers Ovis2 layout under 'vision\.'"):
+    with pytest.raises(ValueError, match=r"nearest is the transformers Ovis2 checkpoint format under 'vision\.'"):
         convert(checkpoints.save(tmp_path / "in", tensors, {}))
 
 
@@ -201,7 +206,7 @@ def test_header_length_that_lies(source):
 
 
 def test_file_that_shrinks_while_it_is_read(source, monkeypatch):
-    from safetensors_files import StoredTensor
+    from conversion.safetensors_files import StoredTensor
 
     whole = StoredTensor.chunks
 

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
-from safetensors_files import read_json
+from .safetensors_files import read_json
 
 
 # Of a whole upload; the client itself repeats each request five times.

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 A conversion that is killed, runs out of disk or meets an error leaves either the finished repo or what was there.
 
@@ -5,13 +7,17 @@ Both kinds of kill are run in full with AIMV2_PACKING_KILLS=100: so many at rand
 file-system operation; by default a few of each.
 """
 
+import errno
+import fcntl
 import filecmp
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +26,10 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from reference import reference_model
+from reference import REPO, reference_model
 
-import atomic_folder
-import convert_weights
+import conversion.model_repo
+from conversion import atomic_folder
 from convert_weights import parse_arguments, run
 
 
@@ -165,14 +171,13 @@ def test_existing_output_is_not_touched(tmp_path, sources, finished):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("existing", ["file", "empty folder", "folder"])
+@pytest.mark.parametrize("existing", ["file", "folder"])
 def test_overwrite_replaces_conversions_only(tmp_path, sources, existing):
     output = tmp_path / "out"
     if existing == "file":
         output.write_text("mine")
     else:
         output.mkdir()
-    if existing == "folder":
         (output / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="out is no converted model repo: --overwrite does not replace it"):
         convert(sources[0], output, "--overwrite")
@@ -180,6 +185,14 @@ def test_overwrite_replaces_conversions_only(tmp_path, sources, existing):
         convert(sources[0], output)
     assert os.listdir(tmp_path) == ["out"]
     assert existing != "folder" or (output / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",)])
+def test_empty_folder_is_filled(tmp_path, sources, finished, arguments):
+    (tmp_path / "out").mkdir()
+    convert(sources[0], tmp_path / "out", "--max-shard-size", "5MB", *arguments)
+    assert same(tmp_path / "out", finished[0])
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("place", [".", "..", "../.."])
@@ -213,9 +226,9 @@ def test_full_disk(tmp_path, sources, finished, overwrite):
 
 
 def test_disk_that_is_too_small_is_noticed_before_writing(tmp_path, sources, monkeypatch):
-    usage = convert_weights.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(convert_weights.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(convert_weights, "write_checkpoint", None)
+    usage = conversion.model_repo.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(conversion.model_repo.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(conversion.model_repo, "write_checkpoint", None)
     with pytest.raises(ValueError, match=r"out needs 0\.\d GB, but only 0\.0 GB are free"):
         convert(sources[0], tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -226,7 +239,7 @@ def test_errors_leave_nothing(tmp_path, sources, monkeypatch, error):
     def fail(*arguments) -> None:
         raise error
 
-    monkeypatch.setattr(convert_weights, "write_card", fail)
+    monkeypatch.setattr(conversion.model_repo, "write_card", fail)
     with pytest.raises(error):
         convert(sources[0], tmp_path / "out")
     assert os.listdir(tmp_path) == []
@@ -249,11 +262,49 @@ def test_interrupt_between_two_renames_restores(tmp_path, sources, finished, mon
 
 def test_two_processes_do_not_share_an_output(tmp_path, sources, finished):
     with atomic_folder.atomic_folder(tmp_path / "out", overwrite=False) as work:
-        with pytest.raises(BlockingIOError, match="is in use by another process"):
+        with pytest.raises(BlockingIOError, match="is being made by another process"):
             convert(sources[0], tmp_path / "out")
         assert work.is_dir()
         (work / "done").write_text("")
     assert os.listdir(tmp_path / "out") == ["done"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_locks_as_nfs_gives_them(tmp_path, monkeypatch):
+    """NFS refuses an exclusive lock on a descriptor that may not write."""
+    flock = fcntl.flock
+
+    def flock_on_nfs(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_on_nfs)
+    with atomic_folder.atomic_folder(tmp_path / "out", overwrite=False):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_without_fcntl(tmp_path):
+    """As on Windows and some other systems."""
+    code = """
+        import sys
+        sys.modules["fcntl"] = None
+        from pathlib import Path
+        from conversion.atomic_folder import atomic_folder
+
+        with atomic_folder(Path("out"), overwrite=False):
+            try:
+                with atomic_folder(Path("out"), overwrite=False):
+                    pass
+            except BlockingIOError:
+                print("locked")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "locked\n", result.stderr
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -1,4 +1,6 @@
-"""Every layout becomes the same model repo."""
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Every checkpoint format becomes the same model repo."""
 
 import hashlib
 import json
@@ -122,15 +124,17 @@ def test_timm_classifier_is_left_out(tmp_path, capsys):
     assert "Left out 2 tensors" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("layout", [checkpoints.apple, checkpoints.timm, checkpoints.transformers, checkpoints.ovis2])
+@pytest.mark.parametrize(
+    "checkpoint_format", [checkpoints.apple, checkpoints.timm, checkpoints.transformers, checkpoints.ovis2]
+)
 @pytest.mark.parametrize("prefix", ["model.vision_tower.vision_tower.", "visual_tokenizer.backbone.", "module."])
 @pytest.mark.parametrize("configured", [True, False])
-def test_inside_a_larger_checkpoint(tmp_path, layout, prefix, configured):
+def test_inside_a_larger_checkpoint(tmp_path, checkpoint_format, prefix, configured):
     model = reference_model(**LEARNED, hidden_size=128, num_attention_heads=2 if configured else 1)
     config = VLM_CONFIG | (
         {"visual_tokenizer_config": {"backbone_config": checkpoints.apple_config(model)}} if configured else {}
     )
-    tensors = layout(model, prefix) | LANGUAGE_MODEL
+    tensors = checkpoint_format(model, prefix) | LANGUAGE_MODEL
     source = checkpoints.save(tmp_path / "in", tensors, config, shards=2)
     assert_loads(convert(source, tmp_path / "out"), model)
 

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 A Hub on the loopback interface, in memory: the part of the HTTP interface that `huggingface_hub` uses to upload and
 download model repos, with the failures that real connections and accounts have.

@@ -20,13 +20,12 @@ from transformers import Aimv2VisionModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from checkpoint_layouts import Encoder
 from configuration_aimv2_packing import Aimv2PackingConfig
 
+from .checkpoint_formats import Encoder
+from .code_files import CODE_FILES, REPO
 
-REPO = Path(__file__).resolve().parent
-# What a model repo needs to be loaded with `trust_remote_code`.
-CODE_FILES = sorted(REPO.glob("*_aimv2_packing.py"))
+
 PHOTOGRAPHS = REPO / "examples" / "photographs"
 # Largest difference, as a part of the reference's largest value where that is above 1, and smallest cosine between
 # the features of a patch: a few times what rounding does to 24 layers in each precision.

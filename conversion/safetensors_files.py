@@ -1,8 +1,10 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Reads and writes safetensors checkpoints byte range by byte range, so that memory stays the same whatever their size.
-The safetensors library checks every header; its readers and writers map or hold whole files, which this must not.
+Reads and writes safetensors checkpoints, chunk by chunk. The safetensors library checks every header, and
+huggingface_hub divides the tensors among files. Three promises keep the copying here: memory stays the same whatever
+the size and the dtype (`save_file` needs a whole file's tensors, and a cast makes them anew), a source that shrinks
+meanwhile is an error (a mapped one would end the process), and one pass finds the values that are not finite.
 """
 
 import json
@@ -58,24 +60,20 @@ class StoredTensor(NamedTuple):
         Raises:
             ValueError: the file ends before the tensor does.
         """
-        view = memoryview(buffer.numpy())
-        left = self.nbytes_as(None)
-        with self.path.open("rb", buffering=0) as file:
+        view, left = memoryview(buffer.numpy()), self.nbytes_as(None)
+        with self.path.open("rb") as file:
             file.seek(self.offset)
             while left:
-                size, filled = min(left, len(view)), 0
-                while filled < size:
-                    count = file.readinto(view[filled:size])
-                    if not count:
-                        raise ValueError(f"{self.path} ended while it was read: it has been changed or cut off.")
-                    filled += count
+                size = min(left, len(view))
+                if file.readinto(view[:size]) < size:
+                    raise ValueError(f"{self.path} ended while it was read: it has been changed or cut off.")
                 left -= size
                 yield buffer[:size].view(DTYPES[self.dtype])
 
     def load(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole tensor in memory, cast to `dtype`."""
-        chunks = [chunk.to(dtype, copy=True) for chunk in self.chunks(torch.empty(CHUNK_BYTES, dtype=torch.uint8))]
-        return torch.cat(chunks).view(self.shape)
+        (values,) = self.chunks(torch.empty(self.nbytes_as(None), dtype=torch.uint8))
+        return values.to(dtype).view(self.shape)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -245,7 +243,6 @@ def write_checkpoint(
     Returns:
         `list[str]`: Names of the tensors that hold NaN or infinite values as written.
     """
-
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes_as(dtype),
@@ -282,22 +279,16 @@ def write_file(path: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype 
     encoded += b" " * (-len(encoded) % 8)
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     not_finite = []
-    with path.open("wb", buffering=0) as file:
-        write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors.items():
             finite = True
             for chunk in tensor.chunks(buffer):
                 values = chunk if dtype is None else chunk.to(dtype)
                 # NaN spreads to the minimum and the maximum: one fast pass shows it, and infinity.
                 finite = finite and bool(torch.stack(torch.aminmax(values)).isfinite().all())
-                write_all(file, memoryview(values.view(torch.uint8).numpy()))
+                file.write(values.view(torch.uint8).numpy())
                 progress.update(values.nbytes)
             if not finite:
                 not_finite.append(name)
     return not_finite
-
-
-def write_all(file, data: memoryview) -> None:
-    """A raw file may take less than it is given, as when the disk is nearly full; the next call then says why."""
-    while data:
-        data = data[file.write(data) :]

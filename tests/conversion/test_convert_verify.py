@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """`--verify` passes on equal models, fails on different ones, and says what it could not compare."""
 
 import json
@@ -11,10 +13,10 @@ import torch
 from PIL import Image
 from reference import REPO, apple_forward, random_images, reference_model
 
-import verification
-from checkpoint_layouts import find_encoder
+from conversion import verification
+from conversion.checkpoint_formats import find_encoder
+from conversion.safetensors_files import read_checkpoint
 from convert_weights import parse_arguments, run
-from safetensors_files import read_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def test_channels_last(tmp_path):
 
 
 def test_reference_is_apples_forward(tmp_path):
-    """What the tool compares with, on weights in Apple's layout, against Apple's forward written out in float64."""
+    """What the tool compares with, on weights in Apple's names, against Apple's forward in float64."""
     model = reference_model()
     source = save(tmp_path / "in", model)
     encoder = find_encoder(read_checkpoint(source / "model.safetensors"), checkpoints.apple_config(model))
