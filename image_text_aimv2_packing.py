@@ -131,8 +131,8 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
-                f"`input_ids` must hold at most {longest} tokens per text, got {input_ids.shape[1]}: give the processor "
-                f"`truncation=True, max_length={longest}`."
+                f"`input_ids` must hold at most {longest} tokens per text, got {input_ids.shape[1]}: call the "
+                f"processor with `truncation=True, max_length={longest}`."
             )
         return torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
