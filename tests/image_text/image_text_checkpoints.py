@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from reference import REPO, TINY, random_weights
+from reference import REPO, TINY, packing_model, random_weights
 from tokenizers import pre_tokenizers
-from transformers import Aimv2Config, Aimv2Model, CLIPTokenizer
+from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, CLIPTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from conversion.sentence_transformers_files import write_sentence_transformers_files
 
 
 Aimv2PackingImageTextModel = get_class_from_dynamic_module(
@@ -63,18 +65,13 @@ def clip_tokenizer() -> CLIPTokenizer:
 def save_image_text_repo(folder: Path, reference: Aimv2Model, tokenizer: bool = True) -> Path:
     """What a conversion writes: weights, configurations, tokenizer and code."""
     model = image_text_model(reference)
-    model.config.architectures = ["Aimv2PackingImageTextModel"]
-    model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
+    name = "image_text_aimv2_packing.Aimv2PackingImageTextModel"
+    auto_map = {
         "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
-        "AutoModel": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
-        "AutoModelForZeroShotImageClassification": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
+        "AutoModel": name,
+        "AutoModelForZeroShotImageClassification": name,
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    images = json.loads((REPO / "preprocessor_config.json").read_text())
-    images["image_size"] = reference.config.vision_config.image_size
-    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    save_repo(folder, model, auto_map, image_size=model.config.vision_config.image_size)
     processor = {
         "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},
         "processor_class": "Aimv2PackingProcessor",
@@ -82,6 +79,23 @@ def save_image_text_repo(folder: Path, reference: Aimv2Model, tokenizer: bool = 
     (folder / "processor_config.json").write_text(json.dumps(processor))
     if tokenizer:
         clip_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_vision_repo(folder: Path, reference: Aimv2VisionModel) -> Path:
+    """The same of a vision tower alone."""
+    model = packing_model(reference)
+    auto_map = json.loads((REPO / "config.json").read_text())["auto_map"]
+    return save_repo(folder, model, auto_map, None if model.config.is_native else model.config.image_size)
+
+
+def save_repo(folder: Path, model: PreTrainedModel, auto_map: dict[str, str], image_size: int | None) -> Path:
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    images = json.loads((REPO / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_size": image_size, "min_patches": 1}))
+    write_sentence_transformers_files(folder, model.config)
     for path in REPO.glob("*_aimv2_packing.py"):
         shutil.copyfile(path, folder / path.name)
     return folder

@@ -144,7 +144,7 @@ def test_processor_takes_images_of_all_sizes(repo):
     images = [torch.randint(256, (3, 56, 140), dtype=torch.uint8), torch.randint(256, (3, 84, 28), dtype=torch.uint8)]
     fixed = processor(images=images, return_tensors="pt")
     assert fixed["grid_thw"].tolist() == [[1, 4, 4]] * 2
-    native = processor(images=images, return_tensors="pt", images_kwargs={"image_size": None, "min_patches": 1})
+    native = processor(images=images, return_tensors="pt", images_kwargs={"image_size": None})
     assert native["grid_thw"].tolist() == [[1, 4, 10], [1, 6, 2]]
     assert model.get_image_features(**native).pooler_output.shape == (2, model.config.projection_dim)
 
