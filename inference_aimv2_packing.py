@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import modeling_layers
@@ -128,10 +129,11 @@ def is_idle_alignment(module: nn.Module) -> bool:
         return False
     if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
         return False
-    if hook.offload or hook.no_grad or hook.execution_device is None:
-        return not hook.offload and not hook.no_grad
-    device = torch.device("cuda", hook.execution_device) if isinstance(hook.execution_device, int) else None
-    device = device or torch.device(hook.execution_device)
+    if hook.offload or hook.no_grad:
+        return False
+    if hook.execution_device is None:
+        return True
+    device = torch.device(hook.execution_device)
     return all(
         weight.device.type == device.type and device.index in (None, weight.device.index)
         for weight in module.parameters()
@@ -142,6 +144,9 @@ def is_idle_capture(hook: Callable) -> bool:
     """Whether this is a hook with which transformers returns `hidden_states`; it stays when that is over."""
     return getattr(hook, "__module__", None) == CAPTURE_MODULE
 
+
+# What people replace to see or change products and attention.
+FUNCTIONS = ("linear", "scaled_dot_product_attention")
 
 SEEN: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
 
@@ -233,6 +238,8 @@ def watching_mode(hidden_states: torch.Tensor) -> str | None:
             return "there is a global forward hook"
         if torch.is_autocast_enabled(device):
             return "autocast is on"
+        if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in FUNCTIONS):
+            return "a function of torch.nn.functional has been replaced"
     except AttributeError as error:
         return f"this torch lacks a name ({error})"
     if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:
