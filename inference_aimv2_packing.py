@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .cpu_inference_aimv2_packing import encode as encode_on_cpu
 from .cpu_inference_aimv2_packing import refusal as cpu_refusal
+from .layout_aimv2_packing import PackedLayout
 
 
 logger = logging.get_logger(__name__)
@@ -41,8 +42,8 @@ class Engine(NamedTuple):
     """
 
     name: str
-    refusal: Callable[[nn.Module, torch.Tensor, Any], str | None]
-    encode: Callable[[nn.Module, torch.Tensor, Any], torch.Tensor]
+    refusal: Callable[[nn.Module, torch.Tensor, PackedLayout], str | None]
+    encode: Callable[[nn.Module, torch.Tensor, PackedLayout], torch.Tensor]
 
 
 ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu),)
@@ -151,7 +152,7 @@ FUNCTIONS = ("linear", "scaled_dot_product_attention")
 SEEN: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
 
 
-def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> Engine | None:
+def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> Engine | None:
     """
     The engine that runs this forward, or `None` where the plain model has to. Which it was, and why, is then in
     `model.path` and in the debug log.
@@ -179,7 +180,7 @@ def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: Any, ca
     return None
 
 
-def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> str | None:
+def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> str | None:
     """Why no engine may run this forward, or `None`."""
     if not model.use_engines:
         return "`use_engines` is false"
