@@ -1,4 +1,16 @@
-"""The image processor on both backends against CLIP's, Qwen2-VL's, a convolution and `Aimv2VisionModel`."""
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The image processor on both backends against CLIP's, Qwen2-VL's, a convolution and `Aimv2VisionModel`.
+
+Without torchvision only the PIL backend is tested. Its wheel is built for CUDA: beside a CPU torch its operators
+do not load, and describing them to torch's compiler fails, which breaks transformers' image processors. Its Python
+transforms, all that is needed here, run in a folder of their own with that description left out:
+
+    python -m pip install --no-deps --target build/torchvision torchvision==0.28.0
+    : > build/torchvision/torchvision/_meta_registrations.py
+    PYTHONPATH=build/torchvision python -m pytest tests/images
+"""
 
 import json
 import os
@@ -146,6 +158,23 @@ def test_bounds_in_patches_hold(processor):
     assert processor.get_number_of_image_patches(480, 640, {"image_size": 224}) == 256
 
 
+def test_a_maximum_alone_lowers_the_minimum(processor):
+    image = noise(300, 500, 3)
+    expected = processor(image, return_tensors="pt", min_patches=64, max_patches=64)
+    assert 1 < len(expected["hidden_states"]) <= 64
+    others = (load(processor.backend, max_patches=64), type(processor)(max_patches=64))
+    for inputs in [processor(image, return_tensors="pt", max_patches=64)] + [
+        other(image, return_tensors="pt") for other in others
+    ]:
+        assert torch.equal(inputs["hidden_states"], expected["hidden_states"])
+    for other, given in [(processor, {"max_patches": 64}), *((other, None) for other in others)]:
+        assert other.get_number_of_image_patches(300, 500, given) == len(expected["hidden_states"])
+    with pytest.raises(ValueError, match="`min_patches` must not exceed `max_patches`, got 100 and 64"):
+        load(processor.backend, min_patches=100, max_patches=64)
+    with pytest.raises(ValueError, match="got 5000 and 4096"):
+        processor(image, min_patches=5000)
+
+
 def test_saving_keeps_both_backends_and_every_field(processor, tmp_path):
     processor = load(processor.backend, image_size=336, patch_layout="channels_last", max_patches=500)
     processor.save_pretrained(tmp_path)
@@ -177,6 +206,7 @@ def test_one_image_equals_its_part_of_a_batch(processor):
     [
         ({"image_size": 225}, "image_size"),
         ({"image_size": 0}, "image_size"),
+        ({"max_patches": 0}, "`max_patches` must be a positive int, got 0"),
         ({"min_patches": 0}, "min_patches"),
         ({"min_patches": 20, "max_patches": 10}, "min_patches"),
         ({"patch_layout": "nchw"}, "patch_layout"),

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Videos, splitting packed features, the batch sampler and the collator, and transformers' pipeline."""
 
 import json
@@ -80,6 +82,7 @@ def test_a_video_file(processor, tmp_path):
         ([[], [noise(30, 30, 3)]], "none for video 0"),
         ([[noise(30, 30, 3), noise(30, 90, 3)]], "one size"),
         ([noise(2, 30, 30, 3), noise(30, 30, 3)], "a list of both"),
+        ("clip.mp4", "pip install av"),
     ],
 )
 def test_what_is_no_video_is_refused(processor, videos, message):

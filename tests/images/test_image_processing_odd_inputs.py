@@ -1,14 +1,19 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Odd images: each gives what its plain RGB form gives, or an error that says what is wrong."""
 
 import base64
 import os
 import random
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.ExifTags
 import PIL.Image
 import pytest
@@ -132,11 +137,51 @@ BAD_INPUTS = {
     "float alpha": (np.full((20, 20, 4), 9.5, np.float32), ValueError, "alpha"),
     "mode F": (PIL.Image.new("F", (20, 20)), ValueError, "'F' has no defined range"),
     "mode I": (PIL.Image.new("I", (20, 20)), ValueError, "'I' has no defined range"),
-    "no such file": ("no/such/file.jpg", ValueError, "no/such/file.jpg"),
+    "no such file": ("no/such/file.jpg", FileNotFoundError, "no/such/file.jpg"),
+    "no such path": (Path("no/such/file.jpg"), FileNotFoundError, "no/such/file.jpg"),
+    "no such file, but base64": ("no/such/file", FileNotFoundError, "no/such/file"),
+    "no base64": ("data:image/png;base64,?", ValueError, "data:image/png"),
     "a folder": (".", OSError, r"'\.'"),
     "no base64 image": ("aGVsbG8=", OSError, "aGVsbG8="),
-    "a source file": (__file__, OSError, "cannot identify"),
+    "a source file": (__file__, OSError, "formats"),
 }
+
+
+IMAGE_FORMATS = sys.modules[type(load("pil")).__module__].IMAGE_FORMATS
+
+
+@pytest.mark.parametrize("image_format", IMAGE_FORMATS)
+def test_every_listed_format_is_read_whatever_the_name(processor, tmp_path, image_format):
+    PIL.Image.init()
+    if image_format not in PIL.Image.SAVE:
+        pytest.skip(f"this PIL does not write {image_format}")
+    image = PIL.Image.fromarray(noise(28, 28, 3))
+    image.save(tmp_path / "image.jpg", image_format)
+    with PIL.Image.open(tmp_path / "image.jpg") as stored:
+        assert stored.format == image_format
+        expected = patches(processor, stored)
+    assert torch.equal(patches(processor, str(tmp_path / "image.jpg")), expected)
+    opened = processor.open_image(BytesIO((tmp_path / "image.jpg").read_bytes()))
+    assert torch.equal(patches(processor, opened), expected)
+
+
+@pytest.mark.parametrize("image_format", ["EPS", "PDF", "PSD", "WMF", "TGA", "FITS", "ICNS", "PCX", "SGI"])
+def test_no_other_format_is_opened(processor, tmp_path, monkeypatch, image_format):
+    started = []
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    headers = {
+        "PSD": b"8BPS\0\1" + bytes(200),
+        "WMF": b"\xd7\xcd\xc6\x9a\0\0" + bytes(200),
+        "FITS": b"SIMPLE  =                    T" + bytes(2850),
+    }
+    if image_format in headers:
+        (tmp_path / "image.jpg").write_bytes(headers[image_format])
+    else:
+        PIL.Image.fromarray(noise(32, 32, 3)).save(tmp_path / "image.jpg", image_format)
+    for source in (str(tmp_path / "image.jpg"), base64.b64encode((tmp_path / "image.jpg").read_bytes()).decode()):
+        with pytest.raises(OSError, match=r"no image of the formats|holds no image"):
+            processor(source)
+    assert not started
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)

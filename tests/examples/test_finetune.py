@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """`examples/finetune.py`: what it reaches, going on after a kill, and two processes against one."""
 
 import json
