@@ -105,7 +105,7 @@ def test_outputs_as_tuples_and_of_all_layers():
     inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
     outputs = model(**inputs, output_hidden_states=True)
     assert [len(outputs[part].hidden_states) for part in ("vision_model_output", "text_model_output")] == [3, 3]
-    assert torch.equal(model(**inputs, return_dict=False)[0], outputs.logits_per_image)
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits_per_image)
     features = model.get_image_features(inputs["hidden_states"], inputs["grid_thw"], return_dict=False)
     assert torch.equal(features[1], model.get_image_features(inputs["hidden_states"], inputs["grid_thw"]).pooler_output)
 
