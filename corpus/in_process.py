@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from corpus.inputs import InputError
 from corpus.interrupts import Interrupts
-from corpus.job import Batch, Job, Part
+from corpus.job import Job, Part
 from corpus.output import summary_of
 from corpus.readers import FILES_AT_ONCE, read
 from corpus.sink import Sink
-from corpus.stages import Encoder, Preparer
+from corpus.stages import Batch, Encoder, Preparer
 
 
 class PackedBatches(IterableDataset):

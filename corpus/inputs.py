@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -98,7 +99,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_column: str, id_column
         raise ValueError(f"`--input` must hold one kind of file, got {counts} files in {shown(inputs)}: give a glob.")
     kind, parts = kinds.popitem()
     parts.sort(key=lambda part: part.name)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         if part.name == following.name:
             raise ValueError(
                 f"Ids are paths below `--input`, and {part.name!r} comes twice, from {inputs[part.source]} and "

@@ -127,7 +127,7 @@ def check_input(job: Job, part: Part) -> None:
         InputError: it is gone.
     """
     location = job.inputs[part.source]
-    fs, path = file_system(location)
+    fs, _ = file_system(location)
     root = part.path.rsplit("/", part.name.count("/") + 1)[0] or "/"
     try:
         there = has_entries(fs, root)

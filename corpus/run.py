@@ -84,7 +84,8 @@ def run(options: Options) -> None:
         if missing == 0:
             print(f"All {corpus.total:,} images were done before.")
         else:
-            wanted = missing if options.limit is None else min(options.limit, missing or options.limit)
+            # None where the members of archives are not counted.
+            wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
             summary = Summary()
             progress = Progress(wanted, 0) if options.limit else Progress(corpus.total, len(done))
             seconds = options.flush_minutes * 60
@@ -98,7 +99,7 @@ def run(options: Options) -> None:
                 progress.close()
                 print(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
                 print("\n".join([*summary.lines(), f"{len(done):,} were done before."]))
-            if corpus.total is not None and summary.images < (wanted or 0):
+            if missing is not None and wanted is not None and summary.images < wanted:
                 raise RuntimeError(
                     f"{wanted - summary.images:,} images of the input have no row, because the input has changed or a "
                     "worker was lost: run again."
@@ -208,8 +209,8 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
                 print("The code has changed since this output was begun or last resumed; the rows there are kept.")
             if was["input"] != begun["input"]:
                 print(
-                    f"This output was last given --input {' '.join(was['input'])}; the ids there are taken for those of "
-                    "this input."
+                    f"This output was last given --input {' '.join(was['input'])}; its ids are taken for those of this "
+                    "input."
                 )
     new = {**asdict(job.settings), "begun": begun}
     if record != new:
@@ -233,8 +234,8 @@ def check_old_record(record: dict[str, Any], settings: Settings, options: Option
     for name, value in now.items():
         if was.get(name) != value:
             raise ValueError(
-                f"`--output` {options.output} was begun with {name}={was.get(name)!r}, got {value!r}, by a version that "
-                "recorded no more: give the same, or another output."
+                f"`--output` {options.output} was begun with {name}={was.get(name)!r}, got {value!r}, by a version "
+                "that recorded no more: give the same, or another output."
             )
     print(
         "This output was begun by a version that did not record the weights and the image processor: they are taken to "
@@ -264,4 +265,3 @@ def done_of(output: Output, corpus: Corpus, retry_errors: bool) -> tuple[IdSet, 
 
     ids = IdSet(done())
     return ids, retried, elsewhere, failed
-

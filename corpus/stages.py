@@ -5,13 +5,13 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
 from corpus.images import open_image
-from corpus.job import Batch, Image, Job
+from corpus.job import Image, Job
 from corpus.models import load_model, load_processor, model_folder
 from corpus.rows import output_schema, stable_text
 from corpus.settings import config_of, processor_of, weights_of
@@ -19,6 +19,15 @@ from corpus.settings import config_of, processor_of, weights_of
 
 # So that a flood of errors is seen while it comes.
 IMAGES_PER_BATCH = 1024
+
+
+class Batch(NamedTuple):
+    """`patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features."""
+
+    ids: list[str]
+    grids: torch.Tensor
+    patches: torch.Tensor
+    failed: list[tuple[str, str]]
 
 
 class Preparer:
