@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Images of a folder, ordered by likeness to one of them: cosine similarity of pooled (with a head) or mean features.
 

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The encoder as the vision tower of a small LLaVA-style model: projector, tiny language model, one training step.
 

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 A picture of what the encoder sees: each photograph beside the principal components of its patch features as colours,
 and beside the cosine similarity of every patch to one of them, which is marked.
