@@ -18,6 +18,7 @@ class Job:
     max_patches: int | None
     image_size: int | None
     patches_per_batch: int
+    image_formats: tuple[str, ...]
     settings: Settings
 
 

@@ -25,6 +25,7 @@ from corpus.ids import IdSet
 from corpus.interrupts import Interrupts
 from corpus.job import Image, Job, Part
 from corpus.models import code_folder, local_class
+from corpus.options import Options
 from corpus.output import Written
 from corpus.rows import PATCH_SCHEMA, table_of
 from corpus.sink import Sink
@@ -143,7 +144,7 @@ def started(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Any) -> ray.data.Dataset:
+def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Options) -> ray.data.Dataset:
     """
     The stages as a dataset of rows of the output.
 
@@ -200,7 +201,7 @@ def feed(dataset: ray.data.Dataset, blocks: queue.Queue) -> None:
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Any, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.
