@@ -1,0 +1,175 @@
+"""What `forward` takes, refuses and returns."""
+
+import pytest
+import torch
+from reference import (
+    ODD_GRIDS,
+    Aimv2PackingConfig,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    reference_model,
+)
+from transformers import vision_utils
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@pytest.fixture(scope="module")
+def model():
+    return packing_model(reference_model(use_head=True))
+
+
+def patches(count: int, width: int = 588, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(count, width, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("hidden_states", "grid_thw", "named"),
+    [
+        (patches(4)[None], torch.tensor([[1, 2, 2]]), ["hidden_states", "(1, 4, 588)", "588"]),
+        (patches(4, 587), torch.tensor([[1, 2, 2]]), ["hidden_states", "(4, 587)", "588"]),
+        (patches(4, dtype=torch.uint8), torch.tensor([[1, 2, 2]]), ["hidden_states", "uint8"]),
+        ([[0.0] * 588] * 4, torch.tensor([[1, 2, 2]]), ["hidden_states", "list"]),
+        (patches(4), torch.tensor([[1.0, 2.0, 2.0]]), ["grid_thw", "float32"]),
+        (patches(4), torch.tensor([[True, True, True]]), ["grid_thw", "bool"]),
+        (patches(4), [[1, 2, 2]], ["grid_thw", "list"]),
+        (patches(4), torch.tensor([1, 2, 2]), ["grid_thw", "(3,)"]),
+        (patches(4), torch.tensor([[2, 2]]), ["grid_thw", "(1, 2)"]),
+        (patches(4), torch.tensor([[1, 2, 2], [1, 0, 3]]), ["grid_thw", "(1, 0, 3)", "image 1"]),
+        (patches(4), torch.tensor([[1, -2, -2]]), ["grid_thw", "(1, -2, -2)"]),
+        (patches(4), torch.tensor([[1, 2, 3]]), ["grid_thw", "6", "4"]),
+        (patches(0), torch.tensor([[1, 1, 1]]), ["grid_thw", "1", "0"]),
+        (patches(1), torch.zeros(0, 3, dtype=torch.int64), ["grid_thw", "0", "1"]),
+        (patches(4), torch.tensor([[2**40, 2**40, 2**40]]), ["grid_thw", str(2**120), "4"]),
+        (patches(4), None, ["grid_thw", "NoneType"]),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(model, hidden_states, grid_thw, named):
+    with pytest.raises(ValueError) as error:
+        model(hidden_states, grid_thw)
+    assert all(word in str(error.value) for word in named)
+
+
+def test_too_many_patches_to_count_are_refused():
+    with pytest.raises(ValueError, match=r"2\*\*31"):
+        packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cu_seqlens": [0, 4]}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "`cu_seqlens` describes 3 patches, but `hidden_states` holds 4"),
+        ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
+        ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "runs": ((2, 3),)}, "describes 6 patches, but `hidden_states` holds 4"),
+        ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
+        ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
+    ],
+)
+def test_values_computed_ahead_must_describe_the_patches(model, given, message):
+    with pytest.raises(ValueError) as error:
+        model(patches(4), torch.tensor([[1, 2, 2]]), **given)
+    assert message in str(error.value)
+
+
+def test_unknown_arguments_are_refused_by_name(model):
+    """And let through where they are None, or where transformers, Trainer and PEFT pass them to any model."""
+    inputs = pack(random_images([(2, 2)]))
+    with pytest.raises(TypeError, match="`ouput_hidden_states` is not an argument"):
+        model(**inputs, ouput_hidden_states=True)
+    with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
+        model(pixel_values=torch.zeros(1, 3, 28, 28))
+    passed = {
+        "input_ids": None,
+        "attention_mask": None,
+        "output_attentions": None,
+        "num_items_in_batch": torch.ones(()),
+    }
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
+
+
+def test_attention_maps_are_refused(model):
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(patches(4), torch.tensor([[1, 2, 2]]), output_attentions=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_any_integer_dtype_and_any_strides(model, dtype):
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        strided = inputs["hidden_states"].T.contiguous().T
+        assert not strided.is_contiguous()
+        ours = model(strided, inputs["grid_thw"].to(dtype).T.contiguous().T).last_hidden_state
+    assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_layout_computed_ahead_gives_the_same(is_native):
+    """By this repo's function, and by transformers' own."""
+    model = packing_model(reference_model(use_head=True, is_native=is_native))
+    inputs = pack(random_images(ODD_GRIDS))
+    grid_thw = inputs["grid_thw"]
+    theirs = {"cu_seqlens": vision_utils.get_vision_cu_seqlens(grid_thw)}
+    if is_native:
+        theirs["position_ids"] = vision_utils.get_vision_position_ids(grid_thw, 1)
+    else:
+        names = ("interp_indices", "interp_weights")
+        values = vision_utils.get_vision_interpolation_indices_and_weights(grid_thw, 4, mode="bicubic")
+        theirs |= dict(zip(names, values, strict=True))
+    with torch.inference_mode():
+        expected = model(**inputs)
+        for given in (packed_layout(grid_thw, model.config)._asdict(), theirs):
+            ours = model(inputs["hidden_states"], **given)
+            assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+            assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+
+
+def test_layout_by_hand():
+    layout = packed_layout(torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]]), Aimv2PackingConfig(is_native=True))
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
+    assert layout.max_seqlen == 3
+    assert layout.runs == ((3, 2), (1, 3))
+    assert layout.lengths == (2, 2, 2, 3)
+    assert layout.num_positions == 3
+    assert layout.position_ids.tolist() == [
+        [0, 0], [0, 1],
+        [0, 0], [1, 0], [0, 0], [1, 0],
+        [0, 0], [1, 0], [2, 0],
+    ]  # fmt: skip
+
+
+def test_outputs_as_in_transformers(model):
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        outputs = model(**inputs)
+        detailed = model(**inputs, output_hidden_states=True)
+        as_tuple = model(**inputs, return_dict=False)
+    assert isinstance(outputs, BaseModelOutputWithPooling)
+    assert outputs.hidden_states is None
+    assert len(detailed.hidden_states) == model.config.num_hidden_layers + 1
+    with torch.inference_mode():
+        torch.testing.assert_close(model.rms_norm(detailed.hidden_states[-1]), outputs.last_hidden_state)
+    assert len({id(state) for state in detailed.hidden_states}) == len(detailed.hidden_states)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], outputs.last_hidden_state)
+    assert torch.equal(as_tuple[1], outputs.pooler_output)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_no_images_is_a_valid_batch(is_native, attn):
+    model = packing_model(reference_model(use_head=True, is_native=is_native), attn=attn).train()
+    outputs = model(patches(0), torch.zeros(0, 3, dtype=torch.int64), output_hidden_states=True)
+    assert outputs.last_hidden_state.shape == (0, 64)
+    assert outputs.pooler_output.shape == (0, 64)
+    (outputs.last_hidden_state.sum() + outputs.pooler_output.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name

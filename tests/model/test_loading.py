@@ -1,0 +1,132 @@
+"""Checkpoints: same keys as the original, loaded by either class, and never half loaded."""
+
+import pytest
+import torch
+from reference import REPO, TINY, Aimv2PackingModel, pack, packing_model, random_images, reference_model
+from safetensors.torch import load_file, save_file
+from scaling import make_model_repo
+from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, AutoConfig, AutoModel
+
+
+CONFIGS = [
+    {},
+    {"use_head": True},
+    {"is_native": False, "use_head": True, "qkv_bias": True, "mlp_bias": True},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_state_dict_equals_the_original(config):
+    reference = reference_model(**config)
+    ours = {name: value.shape for name, value in packing_model(reference).state_dict().items()}
+    assert ours == {name: value.shape for name, value in reference.state_dict().items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_loads_a_vision_model_checkpoint_directly(tmp_path, config):
+    reference = reference_model(**config)
+    reference.save_pretrained(tmp_path)
+    packed, info = Aimv2PackingModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, value in reference.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], value)
+
+
+def test_a_saved_repo_loads_both_ways(tmp_path):
+    packed = AutoModel.from_config(
+        AutoConfig.from_pretrained(REPO, trust_remote_code=True, **TINY), trust_remote_code=True
+    )
+    packed.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} >= {
+        "configuration_aimv2_packing.py",
+        "modeling_aimv2_packing.py",
+    }
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    reference, info = Aimv2VisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    images = random_images([(3, 4)])
+    with torch.inference_mode():
+        ours = again.eval()(**pack(images)).last_hidden_state
+        assert (ours - reference(images[0][None]).last_hidden_state[0]).abs().max() < 1e-5
+
+
+def test_weights_that_would_stay_random_are_an_error(tmp_path):
+    reference_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["encoder.layers.1.ffn.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, 'encoder.layers.1.ffn.up_proj.weight' first.*convert"):
+        Aimv2PackingModel.from_pretrained(tmp_path)
+
+
+def test_a_new_head_is_put_on_by_name(tmp_path):
+    reference = reference_model()
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 5 weights.*give `newly_initialized=\['head'\]`"):
+        Aimv2PackingModel.from_pretrained(tmp_path, use_head=True)
+    with pytest.raises(ValueError, match="lacks 5 weights"):
+        Aimv2PackingModel.from_pretrained(tmp_path, use_head=True, newly_initialized=["hea"])
+    packed, info = Aimv2PackingModel.from_pretrained(
+        tmp_path, use_head=True, newly_initialized=["head"], output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"head"}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], value)
+
+
+def test_a_new_head_is_put_on_through_auto_model(tmp_path):
+    repo = make_model_repo(tmp_path)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, use_head=True, newly_initialized=["head"])
+    assert model.head.output_proj.weight.shape == (64, 64)
+
+
+def test_another_layout_is_an_error_that_names_the_converter(tmp_path):
+    reference_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"trunk.{name}": value for name, value in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"convert_weights\.py"):
+        Aimv2PackingModel.from_pretrained(tmp_path)
+
+
+def test_a_text_and_vision_checkpoint_is_an_error(tmp_path):
+    vision = {**TINY, "use_head": True}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Aimv2Model(Aimv2Config(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"convert_weights\.py"):
+        Aimv2PackingModel.from_pretrained(tmp_path)
+
+
+def test_a_new_head_on_top_may_start_from_the_encoder_alone(tmp_path):
+    reference = reference_model()
+    reference.save_pretrained(tmp_path)
+
+    class Classifier(Aimv2PackingModel.__mro__[1]):
+        def __init__(self, config):
+            super().__init__(config)
+            self.aimv2_packing = Aimv2PackingModel(config)
+            self.classifier = torch.nn.Linear(config.hidden_size, 3)
+            self.post_init()
+
+    model, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(model.aimv2_packing.state_dict()[name], value)
+
+
+def test_fresh_weights_follow_the_original_initialisation():
+    torch.manual_seed(0)
+    model = Aimv2PackingModel(Aimv2PackingModel.config_class(**{**TINY, "hidden_size": 256, "use_head": True}))
+    for name, value in model.state_dict().items():
+        if "norm" in name:
+            assert torch.equal(value, torch.ones_like(value)), name
+        elif name.endswith("bias"):
+            assert not value.any(), name
+        else:
+            assert abs(value.std().item() - 0.02) < 0.003, name
+
+
+def test_no_buffers():
+    """What `from_pretrained` would leave undefined on the meta device does not exist."""
+    assert not list(packing_model(reference_model(is_native=False)).buffers())
