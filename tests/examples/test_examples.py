@@ -171,6 +171,8 @@ def test_the_committed_picture():
         assert picture.format == "PNG"
 
 
+# Each takes a process of its own: one native, one fixed and with a head.
+@pytest.mark.parametrize("checkpoint", ["native", "image-text"], indirect=True)
 def test_the_language_model_learns_is_saved_and_captions(checkpoint, tmp_path):
     # By itself, because it registers the tower's classes.
     command = [sys.executable, str(EXAMPLES / "vision_language_model.py"), "--checkpoint", str(checkpoint)]
