@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
         found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
         if dropped := source.model.dropped:
-            print(f"Left out, no part of {'the vision encoder' if without_text else 'the model'}: {summary(dropped)}.")
+            print(f"Left out of the source: {summary(dropped)}.")
     elif options.verify:
         check(folder)
     if options.push_to_hub:

@@ -104,5 +104,6 @@ def describe(model: Encoder | ImageText) -> str:
 
 def summary(names: list[str]) -> str:
     """Names of tensors by what they begin with, with their number where that is not 1."""
-    groups = Counter(re.sub(r"(\.\d+)?(\.[^.]+)?$", "", re.sub(r"\.\d+\..*", "", name)) or name for name in names)
+    # Up to the number of a layer, or else to the module.
+    groups = Counter(re.sub(r"\.\d+\..*|\.[^.]*$", "", name, count=1) for name in names)
     return ", ".join(f"{group} ({count} tensors)" if count > 1 else group for group, count in groups.items())

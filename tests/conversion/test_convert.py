@@ -121,7 +121,7 @@ def test_timm_classifier_is_left_out(tmp_path, capsys):
     model = reference_model(hidden_size=128, num_attention_heads=1)
     tensors = checkpoints.timm(model) | {"head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}
     assert_loads(convert(checkpoints.save(tmp_path / "in", tensors), tmp_path / "out"), model)
-    assert "Left out, no part of the model: head (2 tensors)." in capsys.readouterr().out
+    assert "Left out of the source: head (2 tensors)." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
