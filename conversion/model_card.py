@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from .checkpoint_formats import Encoder
+from .code_files import CODE_FILES, origin, sha256
 from .safetensors_files import safe_path
 from .sources import Source
 from .verification import Report
@@ -61,6 +62,8 @@ def write_card(folder: Path, source: Source, model_id: str, dtype: torch.dtype |
         else f"learned at {config.image_size} x {config.image_size} pixels, interpolated elsewhere",
         dtype=weights_dtype,
         parity=parity,
+        code=[(path.name, sha256(path)) for path in CODE_FILES],
+        origin=origin(),
         licence=licence_text,
     )
     card.save(folder / "README.md")

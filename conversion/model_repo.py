@@ -7,15 +7,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
+
+from configuration_aimv2_packing import Aimv2PackingConfig
 
 from .atomic_folder import atomic_folder, is_empty_folder
 from .checkpoint_formats import Encoder
-from .code_files import CODE_FILES, REPO
+from .code_files import CODE_FILES, REPO, code_differences
 from .model_card import write_card
-from .safetensors_files import read_json, safe_path, write_checkpoint
-from .sources import Source
+from .safetensors_files import read_json, safe_path, same_tensors, write_checkpoint
+from .sources import CONVERTED_TYPES, Source, read_source
 from .verification import Report
 
 
@@ -51,7 +55,11 @@ def convert(
         needed = sum(tensor.nbytes_as(dtype) for tensor in encoder.tensors.values())
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise ValueError(f"{output} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there.")
+            sizes = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
+            raise ValueError(
+                f"{output} needs {sizes[0]}, but only {sizes[1]} are free there: free some space, choose another disk, "
+                "or convert to a smaller --dtype."
+            )
         for name in write_checkpoint(folder, encoder.tensors, dtype, max_shard_size):
             print(f"warning: {name} holds NaN or infinite values.", file=sys.stderr)
         write_configs(folder, encoder, dtype)
@@ -76,7 +84,20 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 def is_converted(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == "aimv2_packing"
+    return config.is_file() and read_json(config).get("model_type") in CONVERTED_TYPES
+
+
+def holds_conversion(output: Path, source: Source, dtype: torch.dtype | None) -> bool:
+    """Whether `output` already is what [`convert`] makes of `source`: weights, configuration and code, by content."""
+    if not is_converted(output) or code_differences(output):
+        return False
+    existing, encoder = read_source(str(output)).encoder, source.encoder
+    derived = {"architectures", "auto_map", "dtype"}
+
+    def fields(config: Aimv2PackingConfig) -> dict[str, Any]:
+        return {name: value for name, value in config.to_dict().items() if name not in derived}
+
+    return fields(existing.config) == fields(encoder.config) and same_tensors(existing.tensors, encoder.tensors, dtype)
 
 
 def write_configs(folder: Path, encoder: Encoder, dtype: torch.dtype | None) -> None:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares a packed model repo with the original model, image by image."""
 
-import filecmp
 import json
 import math
 import random
@@ -23,7 +22,7 @@ from transformers.utils import logging
 from configuration_aimv2_packing import Aimv2PackingConfig
 
 from .checkpoint_formats import Encoder
-from .code_files import CODE_FILES, REPO
+from .code_files import REPO, code_differences
 
 
 PHOTOGRAPHS = REPO / "examples" / "photographs"
@@ -35,6 +34,18 @@ BOUNDS = {
     torch.float16: (2e-2, 0.999),
     torch.bfloat16: (1e-1, 0.99),
 }
+# What decides the shapes of weights and features.
+GEOMETRY = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_channels",
+    "patch_size",
+    "is_native",
+    "use_head",
+    "qkv_bias",
+    "mlp_bias",
+)
 MAX_PATCHES_PER_FORWARD = 8192
 RANDOM_SIZES = 10
 
@@ -64,7 +75,10 @@ class Comparison:
 
 @dataclass
 class Report:
-    """Result of [`verify`]; `notes` say what could not be compared, or was compared in another way than asked."""
+    """
+    Result of [`verify`]; `notes` say what could not be compared, or was compared in another way than asked,
+    `code_differences` how the code differs from this tree's, which is what runs.
+    """
 
     model: str
     reference: str
@@ -73,6 +87,7 @@ class Report:
     max_diff_bound: float
     min_cosine_bound: float
     identical_weights: bool | None
+    code_differences: list[str]
     notes: list[str]
     images: list[Comparison]
 
@@ -124,20 +139,16 @@ def verify(
 
     Raises:
         ValueError: `config.json` of `folder` is not that of a model, `folder` does not load completely in
-            `Aimv2VisionModel`, or there is nothing to compare.
+            `Aimv2VisionModel`, it has another geometry than the reference, or there is nothing to compare.
     """
     try:
         config = Aimv2PackingConfig.from_pretrained(folder)
     except (StrictDataclassError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{folder / 'config.json'} is not that of a model: {reason}") from error
+    if reference is not None:
+        check_geometry(folder, config, reference_name, reference.config)
     notes = []
-    own_code = all(
-        (folder / path.name).is_file() and filecmp.cmp(path, folder / path.name, shallow=False) for path in CODE_FILES
-    )
-    if not own_code:
-        notes.append(f"the code in {folder} is not this version's, which is compared instead")
-
     with quiet_loading():
         original, info = Aimv2VisionModel.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
@@ -196,9 +207,23 @@ def verify(
         max_diff_bound=max_diff_bound,
         min_cosine_bound=min_cosine_bound,
         identical_weights=identical_weights,
+        code_differences=code_differences(folder),
         notes=notes,
         images=comparisons,
     )
+
+
+def check_geometry(
+    folder: Path, config: Aimv2PackingConfig, reference_name: str, reference: Aimv2PackingConfig
+) -> None:
+    """Raises a ValueError where the features of two models cannot be compared because their geometry differs."""
+    names = [*GEOMETRY] if config.is_native else [*GEOMETRY, "image_size"]
+    different = [name for name in names if getattr(config, name) != getattr(reference, name)]
+    if different:
+        listed = ", ".join(f"{name} {getattr(config, name)} and {getattr(reference, name)}" for name in different)
+        raise ValueError(
+            f"{folder} and {reference_name} are models of different geometry ({listed}): nothing to compare."
+        )
 
 
 @contextmanager

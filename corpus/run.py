@@ -264,4 +264,3 @@ def done_of(output: Output, corpus: Corpus, retry_errors: bool) -> tuple[IdSet, 
 
     ids = IdSet(done())
     return ids, retried, elsewhere, failed
-

@@ -290,4 +290,4 @@ def test_fields_of_a_converted_repo_are_kept(tmp_path):
 def test_main_prints_the_error_and_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["convert_weights.py", str(tmp_path / "nothing here"), str(tmp_path / "out")])
     assert main() == 1
-    assert "nothing here is no existing path and no Hub id" in capsys.readouterr().err
+    assert "nothing here does not exist" in capsys.readouterr().err

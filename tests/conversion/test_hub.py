@@ -182,6 +182,70 @@ def test_interrupted_upload_and_rerun(hub, tmp_path, source):
     assert [x for x in commits[2].files if "safetensors" in x] == ["model.safetensors"], "other shards are gone"
 
 
+def test_same_command_again_after_a_broken_upload(hub, tmp_path, source):
+    command = [source, tmp_path / "out", "--dtype", "bfloat16", "--push-to-hub", "alice/aimv2"]
+    no_waits = "import time; time.sleep = lambda seconds: None"
+    hub.drop_uploads = 1000
+    first = converter(hub, tmp_path / "a", *command, setup=no_waits)
+    assert first.returncode == 1 and "Run the same command again" in first.stderr
+    written = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    hub.drop_uploads = 0
+    second = converter(hub, tmp_path / "a", *command, setup=no_waits)
+    assert second.returncode == 0, second.stderr
+    assert "out already holds this conversion" in second.stdout
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == written
+    assert "model.safetensors" in hub.repos["alice/aimv2"].commits[1].files
+
+
+def test_another_conversion_is_not_uploaded_in_place_of_this(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("convert_weights.push_to_hub", None)
+    convert(source, tmp_path / "out")
+    other = reference_model(is_native=False, use_head=True)
+    other.rms_norm.weight.data[5] += 1
+    checkpoints.save(tmp_path / "other", checkpoints.apple(other), checkpoints.apple_config(other))
+    config = checkpoints.apple_config(other) | {"rms_norm_eps": 1e-3}
+    checkpoints.save(tmp_path / "eps", checkpoints.apple(reference_model(is_native=False, use_head=True)), config)
+    for changed, *arguments in ((source, "--dtype", "bfloat16"), (tmp_path / "other",), (tmp_path / "eps",)):
+        with pytest.raises(FileExistsError, match="exists and is another conversion"):
+            convert(changed, tmp_path / "out", *arguments, "--push-to-hub", "alice/aimv2")
+
+
+def test_what_keeps_a_source_away_is_one_line_with_what_next(hub, tmp_path, source):
+    output = convert(source, tmp_path / "out")
+    hub.add_repo("alice/secret", {path.name: path.read_bytes() for path in output.iterdir()}, private=True)
+    nobody = hub.url.rpartition(":")[0] + ":1"
+    for arguments, change, expected in (
+        (
+            ["alice/secret", "x"],
+            "os.environ['HF_TOKEN'] = 'hf_bob'",
+            "no repo on the Hub that is open to you. Check the",
+        ),
+        (["alice/secret", "x"], "os.environ['HF_TOKEN'] = ''", "log in with `hf auth login`, or set HF_TOKEN"),
+        (["alice/nosuch", "x"], "", "alice/nosuch is no local path, and no repo on the Hub that is open to you"),
+        (["alice/secret", "x", "--revision", "v9"], "", "alice/secret on the Hub has no branch, tag or commit 'v9'"),
+        (["alice/secret", "--verify-code"], f"os.environ['HF_ENDPOINT'] = {nobody!r}", "cannot be reached (["),
+        (["alice/secret", "x"], f"os.environ['HF_ENDPOINT'] = {nobody!r}", "Check the connection, or give the path"),
+        (["alice/secret", "x"], "os.environ['HF_HUB_OFFLINE'] = '1'", "unset the `HF_HUB_OFFLINE`"),
+    ):
+        result = converter(hub, tmp_path / "b", *arguments, setup=f"import os; {change or 'pass'}")
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert expected in result.stderr
+
+
+def test_code_of_a_repo_on_the_hub(hub, tmp_path, source):
+    output = convert(source, tmp_path / "out")
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    hub.add_repo("alice/good", files)
+    hub.add_repo("alice/trap", files | {"modeling_aimv2_packing.py": b"raise SystemExit", "more.py": b""})
+    good = converter(hub, tmp_path / "a", "alice/good", "--verify-code")
+    assert good.returncode == 0 and "Code: equal to this tree's" in good.stdout
+    trap = converter(hub, tmp_path / "a", "alice/trap", "--verify-code")
+    assert trap.returncode == 1 and "The code of alice/trap is not this tree's" in trap.stderr
+    assert "  modeling_aimv2_packing.py differs\n  more.py is not in this tree\n" in trap.stdout
+    assert not list((tmp_path / "a").rglob("*.safetensors"))
+
+
 def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):
     output = convert(source, tmp_path / "out")
     hub.add_repo("alice/llama", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
@@ -307,5 +371,6 @@ def test_verifying_a_repo_on_the_hub_does_not_run_its_code(hub, tmp_path, source
     )
     assert result.returncode == 0, result.stderr
     good, trapped = result.stdout.split("-----")
-    assert "Weights: equal, bit by bit." in good and "Note: the code" not in good
-    assert "is not this version's, which is compared instead" in trapped and "Verdict: passed." in trapped
+    assert "Weights: equal, bit by bit." in good and "Code: equal to this tree's" in good
+    assert "Code: NOT this tree's" in trapped and "  modeling_aimv2_packing.py differs" in trapped
+    assert "Verdict: passed." in trapped
