@@ -33,6 +33,10 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         super().__init__(config)
         self.vision_model = Aimv2PackingModel._from_config(config.vision_config)
         self.text_model = Aimv2TextModel._from_config(config.text_config)
+        for layer in self.text_model.encoder.layers:
+            # As in Apple's code. transformers leaves causality to the mask, and drops the mask where nothing is padded:
+            # its features of a text then depend on the other texts.
+            layer.attention.is_causal = True
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
@@ -99,8 +103,8 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
                 Texts of at most `text_config.max_position_embeddings` tokens, each closed by
                 `text_config.eos_token_id`.
             attention_mask (`torch.Tensor` of shape `(num_texts, num_tokens)`, *optional*):
-                1 for tokens, 0 for padding. By default all are tokens, and a token sees those before it, as in Apple's
-                code; in transformers' a token sees all others then.
+                1 for tokens, 0 for padding; by default all are tokens. A token sees those before it, as in Apple's
+                code; in transformers' own model, under `sdpa`, it sees all tokens where nothing is padded.
             kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
 
         Returns:

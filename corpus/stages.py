@@ -2,23 +2,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to packed batches, and packed batches to rows of the output."""
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
-from corpus.images import open_image
-from corpus.job import Batch, Image, Job
-from corpus.models import load_model, load_processor, model_folder
+from corpus.job import Image, Job
+from corpus.models import load_model, load_processor, local_class, model_folder
 from corpus.rows import output_schema, stable_text
 from corpus.settings import config_of, processor_of, weights_of
 
 
 # So that a flood of errors is seen while it comes.
 IMAGES_PER_BATCH = 1024
+
+
+class Batch(NamedTuple):
+    """`patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features."""
+
+    ids: list[str]
+    grids: torch.Tensor
+    patches: torch.Tensor
+    failed: list[tuple[str, str]]
 
 
 class Preparer:
@@ -33,6 +42,7 @@ class Preparer:
         folder, _ = model_folder(job.model, job.revision)
         self.processor = load_processor(folder, job.max_patches, job.image_size)
         check("processor", processor_of(self.processor), job.settings.processor)
+        self.open_image = local_class("image_processing_aimv2_packing.open_image")
         self.dtype = getattr(torch, job.settings.dtype)
         self.patches_per_batch = job.patches_per_batch
 
@@ -71,8 +81,7 @@ class Preparer:
         with warnings.catch_warnings():
             # On files that are odd and still decoded: one line each would bury the progress.
             warnings.filterwarnings("ignore", module="PIL")
-            with open_image(data) as image:
-                features = self.processor(image, return_tensors="pt")
+            features = self.processor(self.open_image(io.BytesIO(data)), return_tensors="pt")
         return features["hidden_states"].to(self.dtype), features["grid_thw"][0]
 
 
@@ -93,12 +102,30 @@ def mean(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[
     return torch.segment_reduce(features.float(), "mean", lengths=lengths), features
 
 
+def projection(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = model.get_image_features(hidden_states, grids)
+    return output.pooler_output, output.last_hidden_state
+
+
 # Each gives the embeddings (num_images, embedding_size) and the features of all patches.
-POOLINGS: dict[str, Callable] = {"head": head, "mean": mean}
+POOLINGS: dict[str, Callable] = {"projection": projection, "head": head, "mean": mean}
 
 
-def default_pooling(config: Any) -> str:
-    return "head" if config.use_head else "mean"
+def check_pooling(pooling: str | None, model: str, config: dict[str, Any], use_head: bool) -> str:
+    """
+    The pooling of a run, by default the model's own.
+
+    Raises:
+        ValueError: the model has no such pooling.
+    """
+    is_image_text = "text_config" in config
+    if pooling == "head" and not use_head:
+        raise ValueError(f"`--pooling head` needs a model with a head, got {model}, which has none: give mean.")
+    if pooling == "projection" and not is_image_text:
+        raise ValueError(
+            f"`--pooling projection` needs an image-text model, got {model}, a vision tower: give head or mean."
+        )
+    return pooling or ("projection" if is_image_text else "head" if use_head else "mean")
 
 
 class Encoder:
@@ -118,8 +145,10 @@ class Encoder:
         self.settings = job.settings
         self.device = torch.device(device)
         self.model = load_model(folder, job.settings).to(self.device)
-        hidden_size = self.model.config.hidden_size
-        self.schema = output_schema(hidden_size, job.settings.patch_features, hidden_size)
+        config = self.model.config
+        hidden_size = getattr(config, "vision_config", config).hidden_size
+        embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
+        self.schema = output_schema(embedding_size, job.settings.patch_features, hidden_size)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
         # A device that computes on its own works on one batch while the one before becomes a table.

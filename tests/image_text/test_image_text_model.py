@@ -115,6 +115,39 @@ def test_gradients_are_those_of_transformers():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_attention_of_both_parts_is_chosen_together(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, attn_implementation="eager")
+    parts = (model.vision_model.config, model.text_model.config)
+    assert [part._attn_implementation for part in parts] == ["eager"] * 2
+    model.set_attn_implementation("sdpa")
+    assert [part._attn_implementation for part in parts] == ["sdpa"] * 2
+
+
+@torch.no_grad()
+def test_half_precision(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    exact = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    inputs = {**tokenised(), **pack(random_images(ODD_GRIDS))}
+    outputs, expected = model(**inputs), exact(**inputs)
+    assert outputs.image_embeds.dtype == torch.bfloat16
+    for name in ("image_embeds", "text_embeds"):
+        assert torch.cosine_similarity(outputs[name].float(), expected[name]).min() > 0.995
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    reference = reference_image_text_model()
+    inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
+    gradients = []
+    for checkpointing in (False, True):
+        model = image_text_model(reference).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs).logits_per_image.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
 def test_a_random_model_starts_as_configured():
     config = reference_image_text_model().config.to_dict()
     model = Aimv2PackingImageTextModel(Aimv2PackingImageTextConfig(**config | {"logit_scale_init_value": 1.5}))
