@@ -65,7 +65,8 @@ def main() -> None:
     arguments = parse_arguments()
     resume = "Run the same command again to resume."
     try:
-        from corpus.run import Options, run
+        from corpus.options import Options
+        from corpus.run import run
 
         run(Options(**vars(arguments)))
     except ModuleNotFoundError as error:

@@ -23,8 +23,8 @@ class IdSet:
         """96 bits, as text: NumPy drops zeros at the end of bytes."""
         return base64.b64encode(hashlib.blake2b(id_.encode(), digest_size=12).digest())
 
-    def __contains__(self, id_: str) -> bool:
-        digest = self.digest(id_)
+    def __contains__(self, id_: object) -> bool:
+        digest = self.digest(str(id_))
         index = np.searchsorted(self.sorted, digest)
         return bool(index < len(self.sorted) and self.sorted[index] == digest)
 

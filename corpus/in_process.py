@@ -10,13 +10,16 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from corpus.ids import IdSet
 from corpus.inputs import InputError
 from corpus.interrupts import Interrupts
-from corpus.job import Batch, Job, Part
+from corpus.job import Job, Part
+from corpus.models import device_of
+from corpus.options import Options
 from corpus.output import summary_of
 from corpus.readers import FILES_AT_ONCE, read
 from corpus.sink import Sink
-from corpus.stages import Encoder, Preparer
+from corpus.stages import Batch, Encoder, Preparer
 
 
 class PackedBatches(IterableDataset):
@@ -48,7 +51,7 @@ def decoders(device: str) -> int:
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: Container[str], device: str, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.
@@ -59,6 +62,7 @@ def encode(
         OSError: the output cannot be written.
         RuntimeError: a worker died, or the device has not enough memory.
     """
+    device = device_of(options.device)
     encoder = Encoder(job, device)
     workers = decoders(device)
     if device == "cpu" and workers:

@@ -8,15 +8,17 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from corpus.ids import IdSet
-from corpus.images import SIGNATURE_BYTES, has_image_name, has_image_signature, readable_formats
+from corpus.images import SIGNATURE_BYTES, has_image_name, has_image_signature
 from corpus.job import Part
 
 
@@ -64,7 +66,9 @@ def file_system(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{location} cannot be opened: {error}") from error
 
 
-def corpus_of(inputs: tuple[str, ...], output: str, image_column: str, id_column: str | None) -> Corpus:
+def corpus_of(
+    inputs: tuple[str, ...], output: str, image_formats: tuple[str, ...], image_column: str, id_column: str | None
+) -> Corpus:
     """
     Lists all inputs. What lies in `output` is no input.
 
@@ -83,7 +87,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_column: str, id_column
             if below and file.startswith(below):
                 continue
             name = printable(os.path.relpath(file, root))
-            kind, reason = kind_of(fs, file)
+            kind, reason = kind_of(fs, file, image_formats)
             if kind:
                 kinds.setdefault(kind, []).append(Part(source, file, name))
             else:
@@ -98,7 +102,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_column: str, id_column
         raise ValueError(f"`--input` must hold one kind of file, got {counts} files in {shown(inputs)}: give a glob.")
     kind, parts = kinds.popitem()
     parts.sort(key=lambda part: part.name)
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         if part.name == following.name:
             raise ValueError(
                 f"Ids are paths below `--input`, and {part.name!r} comes twice, from {inputs[part.source]} and "
@@ -161,7 +165,7 @@ def walk(root: str, folder: str, skipped: list[tuple[str, str]], above: tuple = 
             yield entry.path
 
 
-def kind_of(fs: fsspec.AbstractFileSystem, file: str) -> tuple[str | None, str]:
+def kind_of(fs: fsspec.AbstractFileSystem, file: str, formats: tuple[str, ...]) -> tuple[str | None, str]:
     """The kind of a file by its name, or else by its first bytes; of one that is left out, why."""
     name = PurePosixPath(file.lower()).name
     suffixes = PurePosixPath(name).suffixes
@@ -170,14 +174,14 @@ def kind_of(fs: fsspec.AbstractFileSystem, file: str) -> tuple[str | None, str]:
         try:
             mode = os.stat(file).st_mode
         except OSError as error:
-            return ("image", "") if has_image_name(name) else (None, f"cannot be read: {error.strerror}")
+            return ("image", "") if has_image_name(name, formats) else (None, f"cannot be read: {error.strerror}")
         if not stat.S_ISREG(mode):
             return None, "no regular file"
     if suffixes[-1:] == [".parquet"]:
         return "parquet", ""
     if suffixes[-1:] in ([".tar"], [".tgz"]) or suffixes[-2:-1] == [".tar"]:
         return "archive", ""
-    if has_image_name(name):
+    if has_image_name(name, formats):
         return "image", ""
     try:
         start = fs.cat_file(file, start=0, end=SIGNATURE_BYTES)
@@ -185,9 +189,9 @@ def kind_of(fs: fsspec.AbstractFileSystem, file: str) -> tuple[str | None, str]:
         return None, f"cannot be read: {error.strerror or error}"
     if not start:
         return None, "empty"
-    if has_image_signature(start):
+    if has_image_signature(start, formats):
         return "image", ""
-    return None, f"none of {', '.join(readable_formats())}"
+    return None, f"none of {', '.join(formats)}"
 
 
 def parquet_corpus(
@@ -212,7 +216,7 @@ def parquet_corpus(
                     if column and column not in names:
                         raise ValueError(f"{file.name} must have a column {column!r}, got {names}.")
                 values = parquet.read(columns=[id_column])[id_column] if id_column else None
-        except pq.lib.ArrowException as error:
+        except pa.ArrowException as error:
             raise ValueError(f"{file.name} of `--input` cannot be read as Parquet: {error}") from error
         if values is not None and values.null_count:
             raise ValueError(f"`--id-column` {id_column!r} must have a value in each row, got none in {file.name}.")

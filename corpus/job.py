@@ -1,11 +1,9 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker has to know, and what the stages pass to each other."""
+"""What a worker has to know, and what is read."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
 
 from corpus.settings import Settings
 
@@ -20,6 +18,7 @@ class Job:
     max_patches: int | None
     image_size: int | None
     patches_per_batch: int
+    image_formats: tuple[str, ...]
     settings: Settings
 
 
@@ -39,12 +38,3 @@ class Image(NamedTuple):
     id: str
     error: str | None
     data: bytes | None
-
-
-class Batch(NamedTuple):
-    """A packed batch: `patches` of shape (N, patch_dim), `grids` int64 of shape (len(ids), 3), (id, error) of the rest."""
-
-    ids: list[str]
-    grids: torch.Tensor
-    patches: torch.Tensor
-    failed: list[tuple[str, str]]

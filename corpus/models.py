@@ -135,3 +135,16 @@ def load_processor(folder: str, max_patches: int | None = None, image_size: int 
     if image_size is not None:
         processor.image_size = image_size
     return processor
+
+
+def device_of(name: str | None) -> str:
+    """
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` {name} is not there: {str(error).splitlines()[0]}") from error
+    return str(device)

@@ -7,9 +7,10 @@ import os
 import queue
 import shutil
 import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,35 +23,18 @@ import torch
 
 from corpus.ids import IdSet
 from corpus.interrupts import Interrupts
-from corpus.job import Batch, Image, Job, Part
+from corpus.job import Image, Job, Part
 from corpus.models import code_folder, local_class
-from corpus.output import Output, Written, summary_of
-from corpus.readers import read
-from corpus.rows import IMAGE_SCHEMA, PATCH_SCHEMA, table_of
+from corpus.options import Options
+from corpus.output import Written
+from corpus.rows import PATCH_SCHEMA, table_of
 from corpus.sink import Sink
-from corpus.stages import Encoder, Preparer
+from corpus.stages import Batch, Encoder, Preparer
+from corpus.tasks import FILES_PER_BLOCK, count, read_stage, write
 
-
-# Of images on their way from one stage to the next; Ray joins small blocks and waits when too many lie about.
-BYTES_PER_BLOCK = 32 * 2**20
-FILES_PER_BLOCK = 64
 
 # Files that are being written while more is encoded.
 WRITES_AT_ONCE = 4
-
-
-def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> Iterator[pa.Table]:
-    """Parts of the input to `IMAGE_SCHEMA`, less the rows that are done."""
-    parts = [Part(**{**row, "path": os.fsdecode(row["path"])}) for row in table.to_pylist()]
-    rows: list[tuple] = []
-    size = 0
-    for image in read(parts, kind, job, done):
-        rows.append(image)
-        size += len(image.data or b"")
-        if size > BYTES_PER_BLOCK or len(rows) == FILES_PER_BLOCK:
-            yield table_of(rows, IMAGE_SCHEMA)
-            rows, size = [], 0
-    yield table_of(rows, IMAGE_SCHEMA)
 
 
 class PrepareStage:
@@ -105,17 +89,6 @@ class EncodeStage:
             yield Batch(ids[batch], grids[batch], values[start:stop].view(int(lengths[batch].sum()), -1), [])
 
 
-def write(location: str, rows: int, *tables: pa.Table) -> Written:
-    """The task that writes: rows of the output to one file that is not yet part of it."""
-    output = Output(location)
-    table = pa.concat_tables(tables)[:rows]
-    return summary_of(table, output.write(table))
-
-
-def count(rows: int, table: pa.Table) -> Written:
-    return summary_of(table[:rows], "")
-
-
 def check_address(address: str) -> None:
     """
     Ray asks an address where nothing answers for two minutes, without a word.
@@ -133,20 +106,35 @@ def check_address(address: str) -> None:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Ray's own processes print while they start; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
 def started(address: str | None) -> Iterator[None]:
     """Connects to the cluster, or starts Ray here, and gives the workers this repo's code."""
     if address:
         check_address(address)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # Ray warns of each stage whose share of the CPUs was given.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # What is below warns of how Ray Data makes its own actors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with tempfile.TemporaryDirectory() as flat:
         for file in Path(code_folder()).glob("*_aimv2_packing.py"):
             shutil.copy(file, flat)
         runtime_env = {"working_dir": flat, "py_modules": [str(Path(__file__).resolve().parent)]}
         cpus: dict[str, Any] = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
         options = {"address": address} if address else cpus
-        ray.init(**options, runtime_env=runtime_env, logging_level="error", log_to_driver=False)
+        with quiet():
+            ray.init(**options, runtime_env=runtime_env, logging_level="error", log_to_driver=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -156,7 +144,7 @@ def started(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Any) -> ray.data.Dataset:
+def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Options) -> ray.data.Dataset:
     """
     The stages as a dataset of rows of the output.
 
@@ -213,7 +201,7 @@ def feed(dataset: ray.data.Dataset, blocks: queue.Queue) -> None:
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Any, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.

@@ -74,11 +74,11 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
             id_ = f"{part.name}/{printable(member.name)}{copy}"
             if id_ in done:
                 continue
-            named = has_image_name(member.name)
+            named = has_image_name(member.name, job.image_formats)
             try:
                 opened = archive.extractfile(member)
                 data = opened.read(SIGNATURE_BYTES) if opened else b""
-                if not named and not has_image_signature(data):
+                if not named and not has_image_signature(data, job.image_formats):
                     continue
                 data += opened.read() if opened else b""
             except (OSError, tarfile.TarError) as error:
@@ -127,7 +127,7 @@ def check_input(job: Job, part: Part) -> None:
         InputError: it is gone.
     """
     location = job.inputs[part.source]
-    fs, path = file_system(location)
+    fs, _ = file_system(location)
     root = part.path.rsplit("/", part.name.count("/") + 1)[0] or "/"
     try:
         there = has_entries(fs, root)

@@ -3,7 +3,9 @@
 """A run: what it is to do is decided before anything starts, and what it did is said at the end."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from corpus.ids import IdSet
 from corpus.inputs import Corpus, corpus_of
 from corpus.interrupts import Interrupts
 from corpus.job import Job
-from corpus.models import code_folder, load_processor, local_class, model_folder
+from corpus.models import code_folder, device_of, load_processor, local_class, model_folder
+from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
 from corpus.settings import Settings, code_hash, config_of, processor_of, weights_of
@@ -25,31 +28,6 @@ from corpus.stages import check_pooling
 # Of a batch by default: what fills a GPU, and on a CPU what comes soon.
 PATCHES_ON_GPU = 16384
 PATCHES_ON_CPU = 4096
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of the command."""
-
-    model: str
-    input: list[str]
-    output: str
-    revision: str | None = None
-    pooling: str | None = None
-    patch_features: str | None = None
-    dtype: str = "float32"
-    max_patches: int | None = None
-    image_size: int | None = None
-    image_column: str = "image"
-    id_column: str | None = None
-    retry_errors: bool = False
-    limit: int | None = None
-    device: str | None = None
-    address: str | None = None
-    num_workers: int | None = None
-    patches_per_batch: int | None = None
-    rows_per_file: int = 16384
-    flush_minutes: float = 2.0
 
 
 def run(options: Options) -> None:
@@ -64,12 +42,11 @@ def run(options: Options) -> None:
             to the output.
         RuntimeError: an image of the input has no row at the end, because the input has changed.
     """
-    on_ray = None
+    engine: ModuleType = in_process
     if options.address or options.num_workers or (options.device is None and torch.cuda.device_count() > 1):
-        from corpus import on_ray
-    device = device_of(options.device)
+        engine = import_module("corpus.on_ray")
     output = Output(options.output)
-    job, corpus = plan(options, device)
+    job, corpus = plan(options)
     with Interrupts() as interrupts, output.opened():
         note_settings(output, job, corpus, options)
         output.write_skipped(corpus.skipped)
@@ -84,21 +61,19 @@ def run(options: Options) -> None:
         if missing == 0:
             print(f"All {corpus.total:,} images were done before.")
         else:
-            wanted = missing if options.limit is None else min(options.limit, missing or options.limit)
+            # None where the members of archives are not counted.
+            wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
             summary = Summary()
             progress = Progress(wanted, 0) if options.limit else Progress(corpus.total, len(done))
             seconds = options.flush_minutes * 60
             sink = Sink(output, retried, options.rows_per_file, seconds, progress, summary, options.limit)
             try:
-                if on_ray:
-                    on_ray.encode(job, corpus.kind, parts, done, options, sink, interrupts)
-                else:
-                    in_process.encode(job, corpus.kind, parts, done, device, sink, interrupts)
+                engine.encode(job, corpus.kind, parts, done, options, sink, interrupts)
             finally:
                 progress.close()
                 print(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
                 print("\n".join([*summary.lines(), f"{len(done):,} were done before."]))
-            if corpus.total is not None and summary.images < (wanted or 0):
+            if missing is not None and wanted is not None and summary.images < wanted:
                 raise RuntimeError(
                     f"{wanted - summary.images:,} images of the input have no row, because the input has changed or a "
                     "worker was lost: run again."
@@ -109,20 +84,7 @@ def run(options: Options) -> None:
             print("\n".join(skipped))
 
 
-def device_of(name: str | None) -> str:
-    """
-    Raises:
-        ValueError: there is no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` {name} is not there: {str(error).splitlines()[0]}") from error
-    return str(device)
-
-
-def plan(options: Options, device: str) -> tuple[Job, Corpus]:
+def plan(options: Options) -> tuple[Job, Corpus]:
     """
     What is to be done, with everything checked that does not need the output.
 
@@ -139,7 +101,7 @@ def plan(options: Options, device: str) -> tuple[Job, Corpus]:
     side = (processor.image_size or 0) // processor.patch_size
     largest = side**2 or processor.max_patches
     patches_per_batch = options.patches_per_batch or max(
-        largest, PATCHES_ON_CPU if device == "cpu" and not options.address else PATCHES_ON_GPU
+        largest, PATCHES_ON_CPU if device_of(options.device) == "cpu" and not options.address else PATCHES_ON_GPU
     )
     if patches_per_batch < largest:
         raise ValueError(
@@ -148,7 +110,8 @@ def plan(options: Options, device: str) -> tuple[Job, Corpus]:
         )
     # Workers have other working folders.
     inputs = tuple(location if ":" in location else os.path.abspath(location) for location in options.input)
-    corpus = corpus_of(inputs, options.output, options.image_column, options.id_column)
+    formats = tuple(local_class("image_processing_aimv2_packing.image_formats")())
+    corpus = corpus_of(inputs, options.output, formats, options.image_column, options.id_column)
     is_parquet = corpus.kind == "parquet"
     settings = Settings(
         weights=weights_of(folder),
@@ -167,6 +130,7 @@ def plan(options: Options, device: str) -> tuple[Job, Corpus]:
         max_patches=options.max_patches,
         image_size=options.image_size,
         patches_per_batch=patches_per_batch,
+        image_formats=formats,
         settings=settings,
     )
     return job, corpus
@@ -207,8 +171,8 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
                 print("The code has changed since this output was begun or last resumed; the rows there are kept.")
             if was["input"] != begun["input"]:
                 print(
-                    f"This output was last given --input {' '.join(was['input'])}; the ids there are taken for those of "
-                    "this input."
+                    f"This output was last given --input {' '.join(was['input'])}; its ids are taken for those of this "
+                    "input."
                 )
     new = {**asdict(job.settings), "begun": begun}
     if record != new:
@@ -232,8 +196,8 @@ def check_old_record(record: dict[str, Any], settings: Settings, options: Option
     for name, value in now.items():
         if was.get(name) != value:
             raise ValueError(
-                f"`--output` {options.output} was begun with {name}={was.get(name)!r}, got {value!r}, by a version that "
-                "recorded no more: give the same, or another output."
+                f"`--output` {options.output} was begun with {name}={was.get(name)!r}, got {value!r}, by a version "
+                "that recorded no more: give the same, or another output."
             )
     print(
         "This output was begun by a version that did not record the weights and the image processor: they are taken to "

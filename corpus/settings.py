@@ -45,7 +45,7 @@ class Settings:
     dtype: str
     pooling: str
     patch_features: str | None
-    image_column: str
+    image_column: str | None
     id_column: str | None
 
     def differences(self, other: dict[str, Any]) -> list[str]:

@@ -2,23 +2,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to packed batches, and packed batches to rows of the output."""
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 
-from corpus.images import open_image
-from corpus.job import Batch, Image, Job
-from corpus.models import load_model, load_processor, model_folder
+from corpus.job import Image, Job
+from corpus.models import load_model, load_processor, local_class, model_folder
 from corpus.rows import output_schema, stable_text
 from corpus.settings import config_of, processor_of, weights_of
 
 
 # So that a flood of errors is seen while it comes.
 IMAGES_PER_BATCH = 1024
+
+
+class Batch(NamedTuple):
+    """`patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features."""
+
+    ids: list[str]
+    grids: torch.Tensor
+    patches: torch.Tensor
+    failed: list[tuple[str, str]]
 
 
 class Preparer:
@@ -33,6 +42,7 @@ class Preparer:
         folder, _ = model_folder(job.model, job.revision)
         self.processor = load_processor(folder, job.max_patches, job.image_size)
         check("processor", processor_of(self.processor), job.settings.processor)
+        self.open_image = local_class("image_processing_aimv2_packing.open_image")
         self.dtype = getattr(torch, job.settings.dtype)
         self.patches_per_batch = job.patches_per_batch
 
@@ -71,8 +81,7 @@ class Preparer:
         with warnings.catch_warnings():
             # On files that are odd and still decoded: one line each would bury the progress.
             warnings.filterwarnings("ignore", module="PIL")
-            with open_image(data) as image:
-                features = self.processor(image, return_tensors="pt")
+            features = self.processor(self.open_image(io.BytesIO(data)), return_tensors="pt")
         return features["hidden_states"].to(self.dtype), features["grid_thw"][0]
 
 
