@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An image-text model converted and pushed to the loopback Hub, and what loads from there: all of it, its vision tower, one line."""
+"""An image-text model converted to the loopback Hub: all of it loads from there, its vision tower alone, one line."""
 
 import pytest
 import torch
