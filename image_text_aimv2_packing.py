@@ -14,7 +14,7 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2Output
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
-from .layout_aimv2_packing import describe
+from .layout_aimv2_packing import kind_of
 from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
 
 
@@ -128,7 +128,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             or input_ids.dtype not in (torch.int32, torch.int64)
         ):
             raise ValueError(
-                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {describe(input_ids)}."
+                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {kind_of(input_ids)}."
             )
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
