@@ -64,7 +64,7 @@ def rows_of(output: object) -> dict[str, dict]:
     fs, path = fsspec.core.url_to_fs(str(output))
     fs.invalidate_cache()
     rows = []
-    for file in fs.ls(path, detail=False):
+    for file in fs.ls(path, detail=False) if fs.exists(path) else ():
         if file.endswith(".parquet"):
             with fs.open(file, "rb") as opened:
                 rows += pq.ParquetFile(opened).read().to_pylist()
