@@ -14,11 +14,12 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from corpus.options import Options
-from corpus.run import run
 from PIL import Image
 from reference import REPO
 from transformers import AutoModel, AutoProcessor
+
+from corpus.options import Options
+from corpus.run import run
 
 
 def encoded_image(height: int, width: int, seed: int = 0, form: str = "png") -> bytes:

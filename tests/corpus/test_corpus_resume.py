@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import IMAGES, archive_of, copy_of, extract, rows_of, write_images
-from corpus import settings as corpus_settings
-from corpus.settings import file_hash
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from scaling import make_model_repo
+
+from corpus import settings as corpus_settings
+from corpus.settings import file_hash
 
 
 GOOD, BAD = IMAGES["0.png"], b"no image"
@@ -230,6 +231,8 @@ def test_what_cannot_work_is_refused_before_anything_starts(head_repo: Path, tmp
         extract(head_repo, source, output, device="nonsense")
     with pytest.raises(ValueError, match=r"\./none is no folder, and no id of the Hub"):
         extract("./none", source, output)
+    with pytest.raises(ValueError, match="alice/none is no folder, and the Hub cannot be reached"):
+        extract("alice/none", source, output)
     with pytest.raises(ValueError, match="`--revision` is for a model on the Hub"):
         extract(head_repo, source, output, revision="main")
     (plain / "config.json").write_text('{"model_type": "aimv2_vision_model"}')
