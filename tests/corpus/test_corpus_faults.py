@@ -10,12 +10,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
 from corpora import IMAGES, extract, rows_of, write_images
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
-
-
-s3fs = pytest.importorskip("s3fs", reason="needs requirements-test.txt")
-moto_server = pytest.importorskip("moto.server", reason="needs requirements-test.txt")
+from moto.server import ThreadedMotoServer
 
 BEFORE = {"a.png": IMAGES["0.png"], "b.png": b"no image", "c.png": b"no image", "notes.txt": b"notes"}
 AFTER = {"b.png": IMAGES["1.png"], "d.png": IMAGES["2.png"], "e.png": b"no image", "more.txt": b"notes"}
@@ -74,7 +72,7 @@ class Killer:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
