@@ -6,9 +6,12 @@ Converts an AIMv2 checkpoint of any checkpoint format into a packed model repo, 
     python convert_weights.py apple/aimv2-large-patch14-native aimv2-large-packed --verify
     python convert_weights.py aimv2-large-packed --verify --device cuda --dtype bfloat16
     python convert_weights.py aimv2-large-packed --push-to-hub USER/aimv2-large-packed
+    python convert_weights.py USER/aimv2-large-packed --verify-code
 """
 
 import argparse
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -16,25 +19,55 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import httpx
 
+from conversion.checkpoint_formats import Encoder
+from conversion.code_files import CODE_FILES, code_differences
 from conversion.hub_upload import push_to_hub
-from conversion.model_card import describe
-from conversion.model_repo import convert, is_converted
-from conversion.sources import read_source
+from conversion.model_card import describe, summary
+from conversion.model_repo import convert, holds_conversion, is_converted
+from conversion.sources import download_code, local_path, read_source
 from conversion.verification import Report, verify
 
 
+NEXT_STEPS = {
+    errno.EACCES: "Ask for the right to it, or choose another place.",
+    errno.EPERM: "Ask for the right to it, or choose another place.",
+    errno.EROFS: "Choose another place.",
+    errno.ENOSPC: "Free some space, or choose another disk; HF_HOME says where downloads go.",
+    errno.EDQUOT: "Free some space, or choose another disk; HF_HOME says where downloads go.",
+}
 DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 
 def print_report(report: Report) -> None:
     print(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
-    print(report.table())
+    print(report.tables())
     print(f"\nBounds: max diff {report.max_diff_bound:.1e}, min cosine {report.min_cosine_bound}.")
     if report.identical_weights is not None:
         print(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
+    print_code(report.code_differences)
     for note in report.notes:
         print(f"Note: {note}.")
     print(f"Verdict: {'passed' if report.passed else 'FAILED'}.\n")
+
+
+def print_code(differences: list[str]) -> None:
+    if not differences:
+        print(f"Code: equal to this tree's, file by file ({len(CODE_FILES)} files).")
+        return
+    print("Code: NOT this tree's, and with trust_remote_code it would run:")
+    for difference in differences:
+        print(f"  {difference}")
+
+
+def verify_code(source: str, revision: str | None) -> None:
+    """Compares the code of a converted repo with this tree's; neither runs it nor downloads weights."""
+    folder = local_path(source, revision) or download_code(source, revision)
+    if not folder.is_dir():
+        raise ValueError(f"{source} is no folder of a converted repo.")
+    differences = code_differences(folder)
+    print_code(differences)
+    if differences:
+        raise ValueError(f"The code of {source} is not this tree's: do not trust it before you have read it.")
 
 
 def shard_size(value: str) -> str:
@@ -70,6 +103,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("converting")
     group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     group.add_argument("--prefix", help="what the names of the encoder's tensors begin with, where several fit")
+    group.add_argument(
+        "--vision-only", action="store_true", help="of an image-text model, convert the vision encoder alone"
+    )
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
     group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
     group.add_argument(
@@ -78,6 +114,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("verifying")
     group.add_argument(
         "--verify", action="store_true", help="compare with the original model; exit code 1 if it differs"
+    )
+    group.add_argument(
+        "--verify-code", action="store_true", help="compare SOURCE's code with this tree's and do no more; exit code 1"
     )
     group.add_argument("--reference", help="compare with this checkpoint (Hub id, folder or file) instead of SOURCE")
     group.add_argument("--images", nargs="+", type=existing_file, help="default: photographs and ten sizes")
@@ -92,26 +131,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         for name in names:
             if getattr(options, name) and not getattr(options, needed):
                 parser.error(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
-    if options.output_dir is None and not (options.verify or options.push_to_hub):
+    if options.verify_code and (options.output_dir or options.verify or options.push_to_hub):
+        parser.error("--verify-code takes a converted SOURCE, and goes with no other action")
+    if options.vision_only and options.output_dir is None:
+        parser.error("--vision-only is for converting: give OUTPUT_DIR")
+    if options.output_dir is None and not (options.verify or options.verify_code or options.push_to_hub):
         parser.error("give OUTPUT_DIR to convert, or --verify or --push-to-hub for a SOURCE that is converted already")
     return options
 
 
 def run(options: argparse.Namespace) -> None:
     """Does what the command line asks for."""
+    if options.verify_code:
+        verify_code(options.source, options.revision)
+        return
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = read_source(options.source, options.revision, options.prefix)
-    reference = read_source(options.reference) if options.reference else None
+    source = read_source(options.source, options.revision, options.prefix, options.vision_only)
+    # What is compared has the parts that the converted model has.
+    without_text = isinstance(source.model, Encoder)
+    reference = read_source(options.reference, vision_only=without_text) if options.reference else None
     output: Path | None = options.output_dir
     if output is None and not is_converted(source.folder):
         raise ValueError(f"{options.source} is not converted yet: give an OUTPUT_DIR.")
+    # A conversion whose upload was cut off is there already when the same command runs again.
+    continued = output is not None and options.push_to_hub and not options.overwrite and is_converted(output)
+    if output is not None and continued:
+        if not holds_conversion(output, source, dtype):
+            raise FileExistsError(
+                f"{output} exists and is another conversion. Choose another folder, replace it with --overwrite, or "
+                f"upload it as it is: python convert_weights.py {output} --push-to-hub {options.push_to_hub}"
+            )
+        print(f"{output} already holds this conversion of {source.name}.")
 
     def check(folder: Path) -> Report:
         compared = reference or (source if output is not None else None)
         report = verify(
             folder,
-            reference=compared.encoder if compared else None,
-            reference_name=compared.name if compared else "Aimv2VisionModel with the same weights",
+            reference=compared.model if compared else None,
+            reference_name=compared.name if compared else "transformers' model with the same weights",
             images=options.images,
             device=options.device,
             dtype=dtype,
@@ -124,16 +181,15 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{report.model} differs from {report.reference}.")
         return report
 
-    folder = source.folder
-    if output is not None:
+    folder = output or source.folder
+    if output is not None and not continued:
         verifier = check if options.verify else None
         model_id = options.push_to_hub or output.resolve().name
         convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier)
-        folder = output
-        found = f"{describe(source.encoder)}, checkpoint format {source.encoder.checkpoint_format.name}"
+        found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
-        if dropped := source.encoder.dropped:
-            print(f"Left out {len(dropped)} tensors that are no part of the vision encoder ({dropped[0]}, ...).")
+        if dropped := source.model.dropped:
+            print(f"Left out of the source: {summary(dropped)}.")
     elif options.verify:
         check(folder)
     if options.push_to_hub:
@@ -144,9 +200,17 @@ def main() -> int:
     try:
         run(parse_arguments())
     except (ValueError, OSError, httpx.TransportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def explain(error: Exception) -> str:
+    """The error in words, and what to do where the system only gave a number."""
+    if not isinstance(error, OSError) or error.errno not in NEXT_STEPS:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{os.strerror(error.errno)}. {NEXT_STEPS[error.errno]}"
 
 
 if __name__ == "__main__":

@@ -90,11 +90,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Reads a JSON object.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON object, or repeats a key.
+        ValueError: the file is no JSON object, or repeats a key.
+        OSError: the file cannot be read.
     """
+    content = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(content, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}.")
@@ -108,13 +110,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is cut off, or its header is no JSON, repeats a name, or describes ranges that overlap,
             leave gaps, or do not fit their shape or the file.
+        OSError: the file cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt"), path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes), object_pairs_hook=unique_keys)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
+    with path.open("rb") as file:
+        start = file.read(8)
+        try:
+            # It has checked the header when it is open.
+            with safe_open(path, framework="pt"):
+                header_bytes = int.from_bytes(start, "little")
+                header = json.loads(file.read(header_bytes), object_pairs_hook=unique_keys)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(path, 8 + header_bytes + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
@@ -225,6 +231,35 @@ def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
             )
         tensors |= header
     return tensors
+
+
+def main_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most of the weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes_as(None)
+    return DTYPES[sizes.most_common(1)[0][0]]
+
+
+def same_tensors(stored: dict[str, StoredTensor], expected: dict[str, StoredTensor], dtype: torch.dtype | None) -> bool:
+    """Whether `stored` holds the very bytes that [`write_checkpoint`] makes of `expected`."""
+    if stored.keys() != expected.keys():
+        return False
+    first, second = (torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(2))
+    for name, tensor in expected.items():
+        own, target = stored[name], dtype or DTYPES[tensor.dtype]
+        if own.shape != tensor.shape or DTYPES[own.dtype] != target:
+            return False
+        # Chunks of as many values on both sides.
+        values = CHUNK_BYTES // 8
+        pairs = zip(
+            own.chunks(first[: values * target.itemsize]),
+            tensor.chunks(second[: values * DTYPES[tensor.dtype].itemsize]),
+            strict=True,
+        )
+        if not all(torch.equal(a.view(torch.uint8), b.to(target).view(torch.uint8)) for a, b in pairs):
+            return False
+    return True
 
 
 def write_checkpoint(

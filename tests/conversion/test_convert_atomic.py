@@ -226,10 +226,10 @@ def test_full_disk(tmp_path, sources, finished, overwrite):
 
 
 def test_disk_that_is_too_small_is_noticed_before_writing(tmp_path, sources, monkeypatch):
-    usage = conversion.model_repo.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    usage = conversion.model_repo.shutil.disk_usage(tmp_path)._replace(free=12_300)
     monkeypatch.setattr(conversion.model_repo.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(conversion.model_repo, "write_checkpoint", None)
-    with pytest.raises(ValueError, match=r"out needs 0\.\d GB, but only 0\.0 GB are free"):
+    with pytest.raises(ValueError, match=r"out needs 17\.4MB, but only 12\.3kB are free there: free some space"):
         convert(sources[0], tmp_path / "out")
     assert os.listdir(tmp_path) == []
 

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is no complete, safe AIMv2 checkpoint is refused with a message that says why, and nothing is written."""
 
+import errno
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 from reference import reference_model
 from safetensors.torch import save_file
 
-from convert_weights import parse_arguments, run
+from conversion.sources import require_converted
+from convert_weights import main, parse_arguments, run
 
 
 def convert(source: Path, *arguments: str) -> None:
@@ -387,6 +390,7 @@ def test_values_too_large_for_the_dtype_are_named(source, capsys):
         (["--verify", "--device", "no such device"], "device"),
         (["--verify", "--images", "no such image"], "no such image"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--verify-code"], "--verify-code takes a converted SOURCE"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(source, arguments, message, capsys, monkeypatch):
@@ -405,3 +409,46 @@ def test_revision_of_a_local_source(source):
 def test_verifying_what_is_not_converted(source):
     with pytest.raises(ValueError, match="is not converted yet: give an OUTPUT_DIR"):
         run(parse_arguments([str(source), "--verify"]))
+
+
+def no_network(monkeypatch) -> None:
+    def refuse(*arguments, **options):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("conversion.sources.HfApi", refuse)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./a/nosuch", "a/b/nosuch", "~/nosuch", "/nosuch/model", "a/", "no such/x"])
+def test_paths_that_do_not_exist_are_not_sought_on_the_hub(tmp_path, name, monkeypatch):
+    no_network(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([name, "out"], [name, "--verify"], [name, "--verify-code"]):
+        with pytest.raises(ValueError, match=f"^{name} does not exist: give a file, a folder, or a Hub id"):
+            run(parse_arguments(arguments))
+    with pytest.raises(ValueError, match=f"^{name} does not exist"):
+        require_converted(name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_permission_denied_is_said(source, name, monkeypatch, capsys):
+    opened = Path.open
+
+    def denied(path: Path, *arguments, **options):
+        if path == source / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", str(source), str(source.parent / "out")])
+    assert main() == 1
+    expected = f"error: {source / name}: Permission denied. Ask for the right to it, or choose another place.\n"
+    assert capsys.readouterr().err == expected
+    assert not (source.parent / "out").exists()
+
+
+def test_unconverted_checkpoints_are_told_how_to_convert(source):
+    expected = f"{source} is not converted (model_type 'aimv2'). If it is an AIMv2 checkpoint, convert it first: "
+    with pytest.raises(ValueError, match=re.escape(f"{expected}python convert_weights.py {source} OUTPUT_DIR")):
+        require_converted(str(source))
+    run(parse_arguments([str(source), str(source.parent / "out")]))
+    require_converted(str(source.parent / "out"))

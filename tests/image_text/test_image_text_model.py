@@ -115,6 +115,39 @@ def test_gradients_are_those_of_transformers():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_attention_of_both_parts_is_chosen_together(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, attn_implementation="eager")
+    parts = (model.vision_model.config, model.text_model.config)
+    assert [part._attn_implementation for part in parts] == ["eager"] * 2
+    model.set_attn_implementation("sdpa")
+    assert [part._attn_implementation for part in parts] == ["sdpa"] * 2
+
+
+@torch.no_grad()
+def test_half_precision(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    exact = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    inputs = {**tokenised(), **pack(random_images(ODD_GRIDS))}
+    outputs, expected = model(**inputs), exact(**inputs)
+    assert outputs.image_embeds.dtype == torch.bfloat16
+    for name in ("image_embeds", "text_embeds"):
+        assert torch.cosine_similarity(outputs[name].float(), expected[name]).min() > 0.995
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    reference = reference_image_text_model()
+    inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
+    gradients = []
+    for checkpointing in (False, True):
+        model = image_text_model(reference).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs).logits_per_image.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
 def test_a_random_model_starts_as_configured():
     config = reference_image_text_model().config.to_dict()
     model = Aimv2PackingImageTextModel(Aimv2PackingImageTextConfig(**config | {"logit_scale_init_value": 1.5}))
@@ -208,6 +241,13 @@ def test_what_are_no_tokens_is_refused_before_any_work(input_ids):
         model.get_text_features(input_ids)
     with pytest.raises(ValueError, match="`input_ids` must be a tensor of integers of shape"):
         model(input_ids, **pack(random_images([(4, 4)])))
+
+
+def test_mask_of_another_shape_is_refused():
+    model = image_text_model(reference_image_text_model())
+    texts = tokenised()
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(4, \d+\), got \(3, "):
+        model.get_text_features(texts["input_ids"], texts["attention_mask"][:3])
 
 
 def test_configuration():
