@@ -202,7 +202,8 @@ def main() -> None:
     print(f"total {medians['process_total'] / medians['loop_total']:.2f} times the loop's")
     if arguments.ray_workers:
         print(
-            f"on Ray: {medians['ray'] / medians['loop']:.3f} of the loop, {medians['ray'] / encoder_rate:.3f} of the encoder"
+            f"on Ray: {medians['ray'] / medians['loop']:.3f} of the loop, "
+            f"{medians['ray'] / encoder_rate:.3f} of the encoder"
         )
     if arguments.output:
         figures = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__}
