@@ -295,6 +295,7 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     config_class = Aimv2PackingConfig
     base_model_prefix = "aimv2_packing"
     main_input_name = "hidden_states"
+    _input_embed_layer = "patch_embed"
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
     _no_split_modules = [
@@ -374,9 +375,6 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 )
             )
         return (model, info) if output_loading_info else model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embed
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
