@@ -297,6 +297,7 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     config_class = Aimv2PackingConfig
     base_model_prefix = "vision_model"
     main_input_name = "hidden_states"
+    _input_embed_layer = "patch_embed"
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
     _no_split_modules = [
@@ -384,9 +385,6 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized)
         return (model, info) if output_loading_info else model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embed
 
     @can_return_tuple
     def get_image_features(

@@ -1,5 +1,7 @@
 """Checkpoints: same keys as the original, loaded by either class, and never half loaded."""
 
+import copy
+
 import pytest
 import torch
 from reference import REPO, TINY, Aimv2PackingModel, pack, packing_model, random_images, reference_model
@@ -135,3 +137,12 @@ def test_fresh_weights_follow_the_original_initialisation():
 def test_no_buffers():
     """What `from_pretrained` would leave undefined on the meta device does not exist."""
     assert not list(packing_model(reference_model(is_native=False)).buffers())
+
+
+def test_input_embeddings_are_those_of_patches_and_can_be_replaced():
+    packed = packing_model(reference_model())
+    original = packed.get_input_embeddings()
+    assert original is packed.embeddings.patch_embed
+    other = copy.deepcopy(original)
+    packed.set_input_embeddings(other)
+    assert packed.get_input_embeddings() is packed.embeddings.patch_embed is other
