@@ -1,11 +1,17 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An image-text model converted to the loopback Hub: all of it loads from there, its vision tower alone, one line."""
+"""An image-text checkpoint of the loopback Hub, converted and pushed, and what loads from there."""
 
+import checkpoints
 import pytest
 import torch
 from hub_server import Hub
-from image_text_checkpoints import TEXTS, clip_tokenizer, image_text_model, reference_image_text_model
+from image_text_checkpoints import (
+    TEXTS,
+    clip_tokenizer,
+    image_text_model,
+    reference_image_text_model,
+)
 from reference import REPO, pack, random_images
 from safetensors.torch import save_file
 from test_hub import client, converter
@@ -56,11 +62,15 @@ def hub():
 @torch.no_grad()
 def test_pushed_and_loaded_from_the_hub(hub, tmp_path):
     reference = reference_image_text_model()
-    reference.save_pretrained(tmp_path / "source")
-    clip_tokenizer().save_pretrained(tmp_path / "source")
-    arguments = (tmp_path / "source", tmp_path / "repo", "--push-to-hub", "alice/lit", "--private")
-    pushed = converter(hub, tmp_path / "a", *arguments)
+    tensors, config = checkpoints.apple_image_text(reference), checkpoints.apple_image_text_config(reference)
+    source = checkpoints.save(tmp_path / "source", tensors, config)
+    clip_tokenizer().save_pretrained(source)
+    (source / "trap.py").write_text("raise SystemExit('the code of the source was run')")
+    hub.add_repo("apple/aimv2-tiny-lit", {path.name: path.read_bytes() for path in source.iterdir()})
+    command = ["apple/aimv2-tiny-lit", tmp_path / "out", "--push-to-hub", "alice/lit", "--private"]
+    pushed = converter(hub, tmp_path / "a", *command)
     assert pushed.returncode == 0, pushed.stderr
+    assert not list((tmp_path / "a").rglob("trap.py"))
 
     model = image_text_model(reference)
     batch = pack(random_images([(4, 4), (3, 5), (1, 7)]))
