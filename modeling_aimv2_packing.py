@@ -394,7 +394,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         `forward` with one vector per segment in any case: `pooler_output` is what the head gives, or without a head the
         mean over the patches, `(num_segments, hidden_size)`, not normalised.
         """
-        outputs = self(hidden_states, grid_thw, **kwargs)
+        outputs = self(hidden_states, grid_thw, **{**kwargs, "return_dict": True})
         if outputs.pooler_output is None:
             features = outputs.last_hidden_state
             lengths = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal).diff()

@@ -27,6 +27,7 @@ Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 NO_ATTENTION_MAPS = "it asks for the attention maps, and those of segments of unequal length make no tensor"
 PREMISES_OF_VISION = {
     "test_attention_outputs": NO_ATTENTION_MAPS,
+    "test_get_image_features_attentions": NO_ATTENTION_MAPS,
     "test_model_get_set_embeddings": "its embeddings are a table of tokens; here they are made from patches",
 }
 NESTED_OUTPUTS = "it reads hidden states in the output itself; as in `Aimv2Model`, they are in the outputs of the parts"
@@ -187,11 +188,16 @@ def test_every_test_named_here_exists():
 class VisionTest(PackedTests, unittest.TestCase):
     all_model_classes = (Aimv2PackingModel,)
     additional_model_inputs = ["grid_thw"]
+    skip_test_image_features_output_shape = True  # One row per image; here it is one per patch.
 
     def setUp(self):
         super().setUp()
         self.model_tester = VisionTester()
         self.config_tester = ConfigTester(self, Aimv2PackingConfig, has_text_modality=False, hidden_size=64)
+
+    def _image_features_prepare_config_and_inputs(self):
+        # All inputs are of images, though none is called so.
+        return self.model_tester.prepare_config_and_inputs_for_common()
 
 
 @expect_failures(PREMISES_OF_VISION)
