@@ -121,8 +121,8 @@ def on_first(function: Callable):
 
 def correctness(dtype: torch.dtype, device: torch.device, args: argparse.Namespace) -> dict:
     """
-    The largest difference to the step in one process, relative to the largest value of its tensor. `rounding` is that of
-    one process in `dtype` to one in float32.
+    The largest difference to the step in one process, relative to the largest value of its tensor. `rounding` is that
+    of one process in `dtype` to one in float32.
     """
 
     def difference(actual: dict, expected: dict) -> float:
@@ -162,16 +162,17 @@ def correctness(dtype: torch.dtype, device: torch.device, args: argparse.Namespa
     return result
 
 
-def image_grids(count: int) -> torch.Tensor:
-    """`(1, height, width)` of images whose sides are log-uniform from 8 to 64 patches, in random order."""
-    sides = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * math.log(64 / 8)
+def image_grids(count: int, largest: int) -> torch.Tensor:
+    """`(1, height, width)` of images whose sides are log-uniform from 8 to 64 patches, or fewer if that is too large."""
+    longest = min(64, math.isqrt(largest))
+    sides = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * math.log(longest / 8)
     return torch.cat([torch.ones(count, 1), 8 * sides.exp()], dim=1).round().to(torch.int64)
 
 
 def make_batches(kind: str, patches: int, steps: int, device: torch.device, patch_dim: int = 588) -> list[Batch]:
     """The batches of this process: of at most so many `patches`, or of the number of `images` that have as many."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    grids = image_grids(4 * math.ceil(patches / 700) * steps * size)
+    grids = image_grids(4 * math.ceil(patches / 700) * steps * size, patches)
     lengths = grids.prod(1)
     if kind == "patches":
         batches = list(PatchBudgetBatchSampler(lengths.tolist(), patches, shuffle=True, num_replicas=size, rank=rank))
