@@ -163,7 +163,7 @@ def correctness(dtype: torch.dtype, device: torch.device, args: argparse.Namespa
 
 
 def image_grids(count: int, largest: int) -> torch.Tensor:
-    """`(1, height, width)` of images whose sides are log-uniform from 8 to 64 patches, fewer if that is too large."""
+    """`(1, height, width)` of images whose sides are log-uniform from 8 to 64 patches, or fewer to fit."""
     longest = min(64, math.isqrt(largest))
     sides = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * math.log(longest / 8)
     return torch.cat([torch.ones(count, 1), 8 * sides.exp()], dim=1).round().to(torch.int64)
