@@ -1,27 +1,66 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a packed batch divides: the segments that attention stays inside, and the blocks that a CPU works through."""
+"""
+How a packed batch divides: pure functions of `grid_thw` and the configuration, which need no model.
+
+Names and order of values are those of transformers' `vision_utils`, so that what either computes serves the other.
+"""
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby
-from typing import NamedTuple
+from itertools import accumulate, groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import TransformersKwargs
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
+
+from .configuration_aimv2_packing import Aimv2PackingConfig
 
 
-# Where no varlen kernel exists, neighbouring segments of equal length share one attention call up to this many
-# patches: enough to fill the cores, few enough to bound the memory of the scores.
+# Without a varlen kernel, neighbouring segments of equal length share one attention call up to this many patches:
+# enough to fill the cores, few enough to bound the memory of the scores.
 MAX_PATCHES_PER_CALL = 4096
 
-# On a CPU, patches per block: few enough that a layer's activations stay in the cache from one operation to the next,
-# enough that its matrix products run at full speed.
-PATCHES_PER_BLOCK = 2048
+POSITIONS = ("position_ids", "num_positions", "interp_indices", "interp_weights")
 
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 }
+
+
+class PackedLayout(NamedTuple):
+    """
+    How a packed batch divides, and where each patch is in its image. Each field is a keyword argument of
+    [`Aimv2PackingModel.forward`], under the name that transformers' `vision_utils` gives it.
+
+    Attributes:
+        runs (`tuple[tuple[int, int], ...]`, or `None`): Neighbouring segments of equal length as `(segments, length)`.
+            `None` in a traced forward, whose segments are then of one length.
+        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and last
+            the number of patches.
+        max_seqlen (`int`): Patches of the longest segment, or a larger number.
+        position_ids (`torch.Tensor`, int64 of shape `(total_patches, 2)`, or `None`): Row and column of each patch;
+            `None` with learned positions.
+        num_positions (`int`, or `None`): A number above every row and column, where it is known on the host.
+        interp_indices (`torch.Tensor`, int64 of shape `(total_patches, 16)`, or `None`): The learned positions that
+            bicubic interpolation reads; `None` with native positions.
+        interp_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Their weights.
+    """
+
+    runs: tuple[tuple[int, int], ...] | None
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    position_ids: torch.Tensor | None = None
+    num_positions: int | None = None
+    interp_indices: torch.Tensor | None = None
+    interp_weights: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Patches of each segment."""
+        return tuple(length for segments, length in self.runs or () for _ in range(segments))
 
 
 def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -33,127 +72,75 @@ def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-class Segments(NamedTuple):
+def segments_of(lengths: Sequence[int]) -> dict[str, Any]:
+    """The fields of a [`PackedLayout`] that say how it divides."""
+    return {
+        "runs": equal_length_runs(lengths),
+        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
+        "max_seqlen": max(lengths, default=0),
+    }
+
+
+@torch.compiler.disable
+def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches: int | None = None) -> PackedLayout:
     """
-    What lies in a packed sequence. Attention never crosses a segment: an image is one, a video is one per frame (or
-    one in all with `config.merge_temporal`).
+    Everything that a forward derives from `grid_thw`, on the CPU and without a model: `forward` calls this itself. A
+    data loader's worker can call it ahead, for `model(hidden_states, grid_thw, **layout._asdict())`.
 
-    Attributes:
-        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and
-            last the number of patches.
-        max_seqlen (`int`): Patches of the longest segment, 0 where there is none.
-        runs (`tuple[tuple[int, int], ...]`): Neighbouring segments of equal length as `(segments, length)`, for
-            attention without a varlen kernel.
+    Args:
+        grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
+        config (`Aimv2PackingConfig`): Of the model, for its kind of positions and `merge_temporal`.
+        num_patches (`int`, *optional*): How many patches `grid_thw` has to describe.
+
+    Raises:
+        ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
     """
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    runs: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def from_lengths(cls, lengths: Sequence[int]) -> "Segments":
-        return cls(
-            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
-            max_seqlen=max(lengths, default=0),
-            runs=equal_length_runs(lengths),
+    grid_thw = validate_grid_thw(grid_thw, num_patches)
+    segments = segments_of(get_vision_cu_seqlens(grid_thw, merge_temporal=config.merge_temporal).diff().tolist())
+    if config.is_native:
+        frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+        sizes = frames.prod(dim=1)
+        within = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        widths = frames[:, 1].repeat_interleave(sizes)
+        position_ids = torch.stack([within // widths, within % widths], dim=1)
+        return PackedLayout(
+            **segments, position_ids=position_ids, num_positions=int(frames.max()) if len(frames) else 0
         )
+    # One more image of one patch, cut off again, makes an empty batch valid.
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        F.pad(grid_thw, (0, 0, 0, 1), value=1), config.image_size // config.patch_size, mode="bicubic"
+    )
+    return PackedLayout(**segments, interp_indices=indices[:-1], interp_weights=weights[:-1])
 
 
-class Block(NamedTuple):
+def resolve_layout(
+    grid_thw: torch.Tensor | None, given: dict[str, Any], config: Aimv2PackingConfig, hidden_states: torch.Tensor
+) -> PackedLayout:
     """
-    Whole segments that go through the model together.
+    The layout of a forward: from what was computed ahead (fields of a [`PackedLayout`] by name), or else from
+    `grid_thw`; its tensors on the device of the patches.
 
-    Attributes:
-        rows (`slice` or `torch.Tensor`, int64 of shape `(block_patches,)`): Where their patches are in the batch.
-        padding (`int`): Patches that go with them to make up a number that recurs, the last segment.
-        segments (`Segments`): How these patches, padding included, divide.
+    Raises:
+        ValueError: one of them is not as it has to be, or they do not describe the patches.
     """
-
-    rows: slice | torch.Tensor
-    padding: int
-    segments: Segments
-
-
-class PackedLayout(NamedTuple):
-    """
-    Everything that a forward needs to know of a packed batch, prepared once by [`Aimv2PackingModel.prepare_layout`].
-
-    Attributes:
-        segments (`Segments`): How the batch divides.
-        blocks (`tuple[Block, ...]`): The same in parts, for a CPU; empty where the model is on another device.
-        max_grid_side (`int`): Largest height or width, in patches.
-        position_ids (`torch.Tensor`, int64): With native positions the `(column, row)` of each patch,
-            `(total_patches, 2)`; with learned ones the 16 learned positions that bicubic interpolation reads,
-            `(total_patches, 16)`.
-        position_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Weights of those 16.
-        learned_side (`int`, or `None`): Side of the square of learned positions; `None` with native ones.
-        merge_temporal (`bool`): Whether a video is one segment.
-    """
-
-    segments: Segments
-    blocks: tuple[Block, ...]
-    max_grid_side: int
-    position_ids: torch.Tensor
-    position_weights: torch.Tensor | None
-    learned_side: int | None
-    merge_temporal: bool
-
-    def of(self, block: Block) -> "PackedLayout":
-        """The layout of one block alone, its padding at any position."""
-        position_ids, weights = self.position_ids[block.rows], self.position_weights
-        padding = (0, 0, 0, block.padding)
-        return self._replace(
-            segments=block.segments,
-            blocks=(),
-            position_ids=F.pad(position_ids, padding),
-            position_weights=None if weights is None else F.pad(weights[block.rows], padding),
-        )
-
-    def to(self, device: torch.device | str) -> "PackedLayout":
-        """The same layout with what a forward reads on `device` moved there; never waits for the device."""
-        weights = self.position_weights
-        return self._replace(
-            segments=self.segments._replace(cu_seqlens=self.segments.cu_seqlens.to(device, non_blocking=True)),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            position_weights=None if weights is None else weights.to(device, non_blocking=True),
-        )
-
-
-def recurring_size(patches: int) -> int:
-    """
-    `patches` rounded up to one of 32 sizes per doubling, at most 3 % more: oneDNN compiles its kernels for each number
-    of patches anew, and keeps them.
-    """
-    step = max(1, (1 << (patches - 1).bit_length()) // 64)
-    return -(-patches // step) * step
-
-
-def plan_blocks(lengths: Sequence[int]) -> tuple[Block, ...]:
-    """
-    Blocks of at most `PATCHES_PER_BLOCK` patches, or of one longer segment. Segments stay in their order, unless
-    ordering them by length leaves less than half the attention calls.
-    """
-    num_segments = len(lengths)
-    in_order = 2 * len(set(lengths)) > sum(1 for _ in groupby(lengths))
-    order = range(num_segments) if in_order else sorted(range(num_segments), key=lengths.__getitem__)
-    starts = list(accumulate(lengths, initial=0))
-    groups: list[list[int]] = []
-    patches = PATCHES_PER_BLOCK
-    for index in order:
-        if patches + lengths[index] > PATCHES_PER_BLOCK:
-            groups.append([])
-            patches = 0
-        groups[-1].append(index)
-        patches += lengths[index]
-    blocks = []
-    for group in groups:
-        rows: slice | torch.Tensor = slice(starts[group[0]], starts[group[-1] + 1])
-        if not in_order:
-            rows = torch.cat([torch.arange(starts[index], starts[index + 1], device="cpu") for index in group])
-        own = [lengths[index] for index in group]
-        padding = recurring_size(sum(own)) - sum(own)
-        blocks.append(Block(rows, padding, Segments.from_lengths(own + [padding] * (padding > 0))))
-    return tuple(blocks)
+    num_patches, device = hidden_states.shape[0], hidden_states.device
+    segments = validate_segments(given, num_patches) if "cu_seqlens" in given else {}
+    validate_positions(given, num_patches)
+    given = segments | {name: given[name] for name in POSITIONS if name in given}
+    if "position_ids" in given:
+        given.setdefault("num_positions", None)
+    positions = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
+    if given.keys() >= {"cu_seqlens", *positions}:
+        layout = PackedLayout(**given)
+    else:
+        layout = packed_layout(grid_thw, config, num_patches)._replace(**given)
+    # From a device to the CPU the copy has to be waited for.
+    moved = {
+        name: value.to(device, non_blocking=value.device.type == "cpu")
+        for name, value in layout._asdict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    return layout._replace(**moved)
 
 
 def is_dense(value: object) -> bool:
@@ -161,7 +148,7 @@ def is_dense(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
 
 
-def describe(value: object) -> str:
+def kind_of(value: object) -> str:
     """What was given, for the message that refuses it."""
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
@@ -170,7 +157,48 @@ def describe(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
-def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) -> torch.Tensor:
+def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> None:
+    """
+    Refuses by name what a forward would ignore; lets through what transformers, Trainer and PEFT pass to any model.
+
+    Raises:
+        ValueError: an argument of another model, or one that this model cannot serve.
+        TypeError: an unknown name.
+    """
+    if kwargs.get("pixel_values") is not None:
+        raise ValueError(
+            "`pixel_values` is for `Aimv2VisionModel`: give packed patches, `hidden_states` and `grid_thw`, which the "
+            "image processor of this repo returns (`AutoProcessor.from_pretrained`)."
+        )
+    if kwargs.get("output_attentions") or config.output_attentions:
+        raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
+    known = {*PackedLayout._fields, *TransformersKwargs.__annotations__, "use_cache"}
+    for name in (name for name, value in kwargs.items() if value is not None and name not in known):
+        raise TypeError(f"`{name}` is not an argument of `forward`.")
+
+
+def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: not patches of this configuration, or without values though the model has some.
+    """
+    patch_dim = config.num_channels * config.patch_size**2
+    if (
+        not is_dense(hidden_states)
+        or not hidden_states.is_floating_point()
+        or hidden_states.dtype == torch.float4_e2m1fn_x2  # two values per element
+        or hidden_states.ndim != 2
+        or hidden_states.shape[1] != patch_dim
+    ):
+        raise ValueError(
+            f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), got "
+            f"{kind_of(hidden_states)}."
+        )
+    if hidden_states.is_meta and device.type != "meta":
+        raise ValueError(f"`hidden_states` is on the meta device, but the model is on {device}.")
+
+
+def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> torch.Tensor:
     """
     Checks `grid_thw` and returns it as int64 on the CPU: the only device-to-host copy of a forward, and none at all
     when it is there already.
@@ -181,7 +209,7 @@ def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) ->
     if not is_dense(grid_thw) or grid_thw.dtype not in INTEGER_DTYPES or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(
             "`grid_thw` must be a tensor of integers of shape (num_images, 3), one row (t, h, w) per image, got "
-            f"{describe(grid_thw)}."
+            f"{kind_of(grid_thw)}."
         )
     if grid_thw.is_meta:
         raise ValueError("`grid_thw` must hold sizes, got a tensor on the meta device.")
@@ -203,42 +231,48 @@ def validate_grid_thw(grid_thw: torch.Tensor, num_patches: int | None = None) ->
     return grid_thw.to(torch.int64)
 
 
-def validate_layout(layout: PackedLayout, num_patches: int, learned_side: int | None, merge_temporal: bool) -> None:
-    """
-    Checks that `layout` is one of `num_patches` for this kind of model. What its tensors hold is not read: they may be
-    on a device, and reading them would wait for it.
+def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
+    """Checks a `cu_seqlens` computed ahead, and derives from it what was not given with it."""
+    cu_seqlens = given["cu_seqlens"]
+    if (
+        not is_dense(cu_seqlens)
+        or cu_seqlens.dtype not in INTEGER_DTYPES
+        or cu_seqlens.ndim != 1
+        or cu_seqlens.shape[0] == 0
+    ):
+        raise ValueError(
+            f"`cu_seqlens` must be a tensor of integers of shape (num_segments + 1,), got {kind_of(cu_seqlens)}."
+        )
+    segments = {"cu_seqlens": cu_seqlens.to(torch.int32), "max_seqlen": given.get("max_seqlen", num_patches)}
+    runs = given.get("runs")
+    if runs is None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return {**segments, "runs": None}
+    if runs is None:
+        values = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(values)]
+        if values[0] != 0 or min(lengths, default=1) < 1:
+            raise ValueError("`cu_seqlens` must begin with 0 and rise from each value to the next.")
+        runs = equal_length_runs(lengths)
+        segments["max_seqlen"] = given.get("max_seqlen", max(lengths, default=0))
+    described = sum(segments * length for segments, length in runs)
+    longest = max((length for _, length in runs), default=0)
+    if described != num_patches:
+        raise ValueError(f"`cu_seqlens` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    if segments["max_seqlen"] < longest:
+        raise ValueError(
+            f"`max_seqlen` must be at least the longest segment, {longest} patches, got {segments['max_seqlen']}."
+        )
+    return {**segments, "runs": runs}
 
-    Raises:
-        ValueError: not a layout, one of other patches or of another kind of model, or one that contradicts itself.
-    """
-    # By its fields: a layout of the same code, loaded from another model repo, is of another class.
-    if getattr(layout, "_fields", None) != PackedLayout._fields:
-        raise ValueError(f"`layout` must be a `PackedLayout`, made by `prepare_layout`, got {describe(layout)}.")
-    if len(layout.position_ids) != num_patches:
-        raise ValueError(
-            f"`layout` describes {len(layout.position_ids)} patches, but `hidden_states` holds {num_patches}."
-        )
-    if (layout.learned_side, layout.merge_temporal) != (learned_side, merge_temporal):
-        raise ValueError(
-            "`layout` must come from a model with the same side of learned positions (`None`: native) and "
-            f"`merge_temporal`, here {(learned_side, merge_temporal)}, got "
-            f"{(layout.learned_side, layout.merge_temporal)}."
-        )
-    # A compiled graph would be one for these runs alone.
-    if torch.compiler.is_compiling():
-        return
-    cu_seqlens, max_seqlen, runs = layout.segments
-    stated = (len(cu_seqlens) - 1, num_patches, max_seqlen)
-    segments, patches = sum(count for count, _ in runs), sum(count * length for count, length in runs)
-    in_runs = (segments, patches, max((length for _, length in runs), default=0))
-    if stated != in_runs:
-        raise ValueError(
-            f"`layout` contradicts itself: (segments, patches, longest segment) are {stated}, but {in_runs} in `runs`."
-        )
-    in_blocks = sum(
-        sum(count * length for count, length in block.segments.runs) - block.padding for block in layout.blocks
-    )
-    if layout.blocks and in_blocks != num_patches:
-        raise ValueError(
-            f"`layout` contradicts itself: it describes {num_patches} patches, but {in_blocks} in `blocks`."
-        )
+
+def validate_positions(given: dict[str, Any], num_patches: int) -> None:
+    for name, columns in (("position_ids", 2), ("interp_indices", 16), ("interp_weights", 16)):
+        value = given.get(name)
+        if value is not None and (not is_dense(value) or tuple(value.shape) != (num_patches, columns)):
+            raise ValueError(
+                f"`{name}` must be a tensor of shape ({num_patches}, {columns}), one row per patch, got "
+                f"{kind_of(value)}."
+            )
+
+
+__all__ = ["PackedLayout", "packed_layout"]

@@ -1,113 +1,214 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""AIMv2 vision encoder over packed images: the patches of all images lie end to end in one sequence."""
+"""
+AIMv2 vision encoder over packed images.
+
+The patches of all images lie end to end in one sequence. `cu_seqlens` says where each segment begins, and attention
+stays inside a segment. Everything else in the model works on one patch at a time, and needs no boundaries.
+
+Letters in the comments: N patches of all images together, S segments, D hidden size, H heads, K = D / H head size.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
 
-from .attention_aimv2_packing import packed_attention
 from .configuration_aimv2_packing import Aimv2PackingConfig
+from .inference_aimv2_packing import choose_engine
 from .layout_aimv2_packing import (
     PackedLayout,
-    Segments,
-    describe,
-    is_dense,
-    plan_blocks,
-    validate_grid_thw,
-    validate_layout,
+    equal_length_runs,
+    resolve_layout,
+    validate_hidden_states,
+    validate_keyword_arguments,
 )
-from .linear_aimv2_packing import has_hooks, is_cpu_inference, linear, rms_norm
 
 
-def sincos_table(num_positions: int, dim: int, device: torch.device) -> torch.Tensor:
-    """
-    Sine and cosine of each position along one side of the grid, float64 of shape `(num_positions, 2 * dim)`. The
-    frequencies `10000 ** (-i / dim)` are those of "Attention Is All You Need", section 3.5.
-    """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    frequencies = 10000 ** -(torch.arange(dim, dtype=dtype, device=device) / dim)
-    angles = torch.arange(num_positions, dtype=dtype, device=device).outer(frequencies)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+# What one dimension of a CUDA grid holds; the attention kernels put a segment in each.
+MAX_SEGMENTS_PER_CALL = 65_535
+
+# Attention
 
 
-def in_blocks(module: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, on `(batch, heads, length, head_dim)`; the softmax is in float32."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether PyTorch's own `varlen_attn`, a flash-attention kernel, takes this `(..., head_dim)` tensor."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    one_query: bool = False,
+) -> torch.Tensor:
     """
-    `module.encode(hidden_states, layout)`; on a CPU in inference one block after the other, which its cache rewards,
-    unless something in the module has to see all patches at once.
+    Attention inside each segment, by the kernel that `config._attn_implementation` names.
+
+    Args:
+        module (`nn.Module`): The caller, for its `config` and its `training`.
+        query (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): `(num_segments, ...)` with `one_query`.
+        key, value (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Packed like the patches.
+        layout (`PackedLayout`): Where the segments are.
+        one_query (`bool`): Whether each segment has one query rather than one per patch.
+
+    Returns:
+        `torch.Tensor` of `query`'s shape.
     """
-    if (
-        not layout.blocks
-        or not is_cpu_inference(hidden_states)
-        or module.config._attn_implementation != "sdpa"
-        or any(has_hooks(inner) for inner in module.modules() if inner is not module)
+    if key.shape[0] == 0:
+        # No kernel takes an empty batch; the sum keeps the gradient of every projection defined.
+        return query + key.sum(0) + value.sum(0)
+    num_segments = layout.cu_seqlens.shape[0] - 1
+    if query.is_cuda and num_segments > MAX_SEGMENTS_PER_CALL and layout.runs is not None:
+        return attention_in_several_calls(module, query, key, value, layout, one_query)
+
+    implementation = module.config._attn_implementation
+    attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    dropout = module.config.attention_dropout if module.training else 0.0
+    shared = {"scaling": query.shape[-1] ** -0.5, "dropout": dropout, "is_causal": False}
+    cu_seqlens_q, max_seqlen_q = layout.cu_seqlens, layout.max_seqlen
+    if one_query:
+        cu_seqlens_q, max_seqlen_q = torch.arange(num_segments + 1, dtype=torch.int32, device=query.device), 1
+
+    if is_flash_attention_requested(module.config):
+        output, _ = attention_interface(
+            module,
+            *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),  # (1, H, N, K)
+            attention_mask=None,
+            cu_seq_lens_q=cu_seqlens_q,
+            cu_seq_lens_k=layout.cu_seqlens,
+            max_length_q=max_seqlen_q,
+            max_length_k=layout.max_seqlen,
+            **shared,
+        )
+        return output.squeeze(0)
+
+    runs = layout.runs or ((num_segments, key.shape[0] // num_segments),)
+    if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
+        if num_segments * layout.max_seqlen != key.shape[0]:
+            return varlen_attn(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
+        # Segments of one length: the dense kernels are faster than the varlen one.
+        runs = ((num_segments, layout.max_seqlen),)
+
+    keys_per_run = [segments * length for segments, length in runs]
+    queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
+    outputs = []
+    for (segments, _), *states in zip(
+        runs, query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True
     ):
-        return module.encode(hidden_states, layout)
-    output = None
-    for block in layout.blocks:
-        own = hidden_states[block.rows]
-        # With ones, because not every dtype has a zero.
-        padded = F.pad(own, (0, 0, 0, block.padding), value=1.0) if block.padding else own
-        encoded = module.encode(padded, layout.of(block))
-        if output is None:
-            output = encoded.new_empty(len(hidden_states), encoded.shape[-1])
-        output[block.rows] = encoded[: len(own)]
-    return output
+        queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
+        output, _ = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
+        outputs.append(output.flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_in_several_calls(module, query, key, value, layout: PackedLayout, one_query: bool) -> torch.Tensor:
+    """[`segment_attention`] for more segments than one call of a CUDA kernel takes."""
+    lengths, outputs = layout.lengths, []
+    starts = [0, *accumulate(lengths)]
+    for first in range(0, len(lengths), MAX_SEGMENTS_PER_CALL):
+        last = min(first + MAX_SEGMENTS_PER_CALL, len(lengths))
+        keys = slice(starts[first], starts[last])
+        part = layout._replace(
+            runs=equal_length_runs(lengths[first:last]),
+            cu_seqlens=layout.cu_seqlens[first : last + 1] - layout.cu_seqlens[first],
+            max_seqlen=max(lengths[first:last]),
+        )
+        queries = query[first:last] if one_query else query[keys]
+        outputs.append(segment_attention(module, queries, key[keys], value[keys], part, one_query))
+    return torch.cat(outputs)
+
+
+# Layers
+
+
+def sincos(positions: torch.Tensor, num_frequencies: int) -> torch.Tensor:
+    """
+    Sine and cosine of each position, float64 of shape `(*positions.shape, 2 * num_frequencies)`. The frequencies
+    `10000 ** (-i / num_frequencies)` are those of "Attention Is All You Need", section 3.5.
+    """
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(num_frequencies, dtype=dtype, device=positions.device) / num_frequencies
+    angles = positions.to(dtype).unsqueeze(-1) * 10000**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Aimv2PackingPatchEmbed(nn.Conv2d):
-    """The patch convolution as one matrix product over patches that are already cut out."""
-
-    def __init__(self, config: Aimv2PackingConfig):
-        super().__init__(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.channels_last = config.patch_layout == "channels_last"
+    """The patch convolution as one matrix product over patches `(N, C * P * P)` that are already cut out."""
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.permute(0, 2, 3, 1) if self.channels_last else self.weight
-        patches, weight = patches.to(weight.dtype), weight.flatten(1)
+        patches, weight = patches.to(self.weight.dtype), self.weight.flatten(1)
         if patches.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
             # oneDNN's AMX kernels read past a row that fills no tile, into the next image: its NaN times 0 is NaN.
             padding = -weight.shape[1] % 32
             patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
-        return F.linear(patches, weight, self.bias)
-
-
-class Aimv2PackingPositionEmbedding(nn.Embedding):
-    """Learned positions of a square grid, read at any grid by bicubic interpolation."""
-
-    def forward(self, position_ids: torch.Tensor, position_weights: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        table, weights = self.weight.to(dtype), position_weights.to(dtype)
-        return F.embedding_bag(position_ids, table, per_sample_weights=weights, mode="sum")
+        return F.linear(patches, weight, self.bias)  # (N, D)
 
 
 class Aimv2PackingEmbeddings(nn.Module):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
         self.config = config
-        self.patch_embed = Aimv2PackingPatchEmbed(config)
+        self.patch_embed = Aimv2PackingPatchEmbed(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
         self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.is_native:
-            num_positions = (config.image_size // config.patch_size) ** 2
-            self.position_embedding = Aimv2PackingPositionEmbedding(num_positions, config.hidden_size)
+            # Under the names that transformers' exporters look for.
+            self.num_grid_per_side = config.image_size // config.patch_size
+            self.interpolation_mode = "bicubic"
+            self.position_embedding = nn.Embedding(self.num_grid_per_side**2, config.hidden_size)
 
     def forward(self, patches: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        if self.config.patch_layout == "channels_last":
+            size = (self.config.patch_size, self.config.patch_size, self.config.num_channels)
+            patches = patches.unflatten(1, size).permute(0, 3, 1, 2).flatten(1)
         # Under autocast this starts the residual stream in the dtype of the weights, as in the original.
-        hidden_states = rms_norm(self.rms_norm, self.patch_embed(patches).to(self.rms_norm.weight.dtype))
-        if self.config.is_native:
-            table = sincos_table(layout.max_grid_side, self.config.hidden_size // 4, hidden_states.device)
-            return hidden_states + table.to(hidden_states.dtype)[layout.position_ids].flatten(1)
-        positions = self.position_embedding(layout.position_ids, layout.position_weights)
+        hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
+        positions = self.native_positions(layout) if self.config.is_native else self.learned_positions(layout)
         return hidden_states + positions.to(hidden_states.dtype)
+
+    def native_positions(self, layout: PackedLayout) -> torch.Tensor:
+        # Column first: AIMv2 was trained with [sin_w | cos_w | sin_h | cos_h], as MAE's code has it.
+        sides, num_frequencies = layout.position_ids.flip(1), self.config.hidden_size // 4
+        if layout.num_positions is None:
+            return sincos(sides, num_frequencies).flatten(1)
+        # A row or column recurs in every image: few values are computed, and many looked up.
+        table = sincos(torch.arange(layout.num_positions, device=sides.device), num_frequencies)
+        return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
+
+    def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
+        indices = torch.arange(self.num_grid_per_side**2, device=layout.interp_indices.device)
+        table = self.position_embedding(indices)
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        weights = layout.interp_weights.to(table.dtype)
+        return F.embedding_bag(layout.interp_indices, table, per_sample_weights=weights, mode="sum")
 
 
 class Aimv2PackingAttention(nn.Module):
@@ -121,12 +222,12 @@ class Aimv2PackingAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
-    def forward(self, hidden_states: torch.Tensor, segments: Segments) -> torch.Tensor:
-        # -1, not the number of heads: under tensor parallelism a rank holds a part of them.
-        query = linear(self.q_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
-        key = linear(self.k_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
-        value = linear(self.v_proj, hidden_states).unflatten(-1, (-1, self.head_dim))
-        return linear(self.out_proj, packed_attention(self, query, key, value, segments).flatten(1))
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        # (N, D) -> (N, H, K). -1, not the number of heads: under tensor parallelism a rank holds a part of them.
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return self.out_proj(segment_attention(self, query, key, value, layout).flatten(1))
 
 
 class Aimv2PackingMLP(nn.Module):
@@ -138,25 +239,20 @@ class Aimv2PackingMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = linear(self.gate_proj, hidden_states, activation=self.act_fn)
-        return linear(self.down_proj, linear(self.up_proj, hidden_states, times=gate))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
-        self.config = config
         self.attention = Aimv2PackingAttention(config)
         self.ffn = Aimv2PackingMLP(config)
         self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        return in_blocks(self, hidden_states, layout)
-
-    def encode(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(rms_norm(self.rms_norm1, hidden_states), layout.segments)
-        return hidden_states + self.ffn(rms_norm(self.rms_norm2, hidden_states))
+        hidden_states = hidden_states + self.attention(self.rms_norm1(hidden_states), layout)
+        return hidden_states + self.ffn(self.rms_norm2(hidden_states))
 
 
 class Aimv2PackingEncoder(nn.Module):
@@ -185,13 +281,14 @@ class Aimv2PackingAttentionPoolingHead(nn.Module):
         self.output_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
 
     def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        num_segments = len(layout.segments.cu_seqlens) - 1
+        num_segments = layout.cu_seqlens.shape[0] - 1
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query = self.cls_token.to(key.dtype).view(1, -1, self.head_dim).expand(num_segments, -1, -1)
-        return self.output_proj(
-            packed_attention(self, query, key, value, layout.segments, single_query=True).flatten(1)
-        )
+        query = self.cls_token.to(key.dtype).view(1, -1, self.head_dim).expand(num_segments, -1, -1)  # (S, H, K)
+        return self.output_proj(segment_attention(self, query, key, value, layout, one_query=True).flatten(1))
+
+
+# Model
 
 
 class Aimv2PackingPreTrainedModel(PreTrainedModel):
@@ -218,7 +315,17 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
-    """AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`]."""
+    """
+    AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`].
+
+    Attributes:
+        use_engines (`bool`, defaults to `True`): Whether an inference engine may run the layers where it gives the same
+            features faster.
+        path (`str`): How the last forward ran: the name of an engine, or `"plain: "` and why none could.
+    """
+
+    use_engines = True
+    path = "plain: no forward has run"
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
@@ -230,77 +337,50 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        newly_initialized: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
-        initial value is an error.
+        initial value is an error, unless that weight was named.
+
+        Args:
+            newly_initialized (sequence of `str`, *optional*): Modules or weights that may be missing, such as
+                `["head"]` to put a new head on a checkpoint without one.
 
         Raises:
             ValueError: the checkpoint lacks weights of this model.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
+        named = tuple(newly_initialized)
+        missing = sorted(
+            name for name in info["missing_keys"] if not any(f"{name}.".startswith(f"{part}.") for part in named)
+        )
+        if missing:
+            parts = sorted({name.split(".")[0] for name in missing})
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__}: it lacks {len(missing)} weights, "
-                f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. Checkpoints in Apple's layout "
-                f"and others are converted by: python convert_weights.py {pretrained_model_name_or_path} OUTPUT_DIR"
+                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__} with this configuration: it lacks "
+                f"{len(missing)} weights, {missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. "
+                + (
+                    f"Everything else is there: give `newly_initialized={parts}` to start with random weights in them."
+                    if parts == ["head"]
+                    else "Checkpoints in Apple's format and others are converted by: python convert_weights.py "
+                    f"{pretrained_model_name_or_path} OUTPUT_DIR"
+                )
             )
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embed
 
-    @property
-    def learned_side(self) -> int | None:
-        """Side of the square of learned positions; `None` with native ones."""
-        return None if self.config.is_native else self.config.image_size // self.config.patch_size
-
-    @torch.compiler.disable
-    def prepare_layout(self, grid_thw: torch.Tensor, num_patches: int | None = None) -> PackedLayout:
-        """
-        Everything that a forward derives from `grid_thw`, computed on the CPU. `forward` calls this itself; call it
-        ahead (in a data loader's worker, or outside a compiled region) and pass `layout` instead of `grid_thw`.
-
-        Args:
-            grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
-            num_patches (`int`, *optional*): How many patches `grid_thw` has to describe.
-
-        Raises:
-            ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
-        """
-        grid_thw = validate_grid_thw(grid_thw, num_patches)
-        lengths = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal).diff().tolist()
-        if self.config.is_native:
-            frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
-            sizes = frames.prod(dim=1)
-            index = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-            widths = frames[:, 1].repeat_interleave(sizes)
-            position_ids, position_weights = torch.stack([index % widths, index // widths], dim=1), None
-        else:
-            # One more image of one patch, cut off again, makes an empty batch valid.
-            position_ids, position_weights = (
-                x[:-1]
-                for x in get_vision_interpolation_indices_and_weights(
-                    F.pad(grid_thw, (0, 0, 0, 1), value=1), self.learned_side, mode="bicubic"
-                )
-            )
-        return PackedLayout(
-            segments=Segments.from_lengths(lengths),
-            blocks=plan_blocks(lengths) if self.device.type == "cpu" else (),
-            max_grid_side=int(grid_thw[:, 1:].max()) if lengths else 0,
-            position_ids=position_ids,
-            position_weights=position_weights,
-            learned_side=self.learned_side,
-            merge_temporal=self.config.merge_temporal,
-        )
-
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        grid_thw: torch.Tensor | None = None,
-        layout: PackedLayout | None = None,
-        **kwargs,
+        self, hidden_states: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
@@ -310,9 +390,10 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`):
                 Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
                 costs no device synchronisation.
-            layout (`PackedLayout`, *optional*):
-                Result of [`~Aimv2PackingModel.prepare_layout`], instead of `grid_thw`; of this model, or of one with
-                the same kind of positions and `merge_temporal`. What its tensors hold is not checked.
+            runs, cu_seqlens, max_seqlen, position_ids, num_positions, interp_indices, interp_weights (*optional*):
+                Fields of a [`PackedLayout`] computed ahead, by [`packed_layout`] or by transformers' `vision_utils`.
+                `grid_thw` is not read where they say everything. Traced without `runs`, they are for segments of one
+                length.
             output_hidden_states (`bool`, *optional*):
                 Whether to return the input of the encoder and the output of each layer, `(total_patches,
                 hidden_size)` each, before the final norm.
@@ -326,40 +407,24 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
         Raises:
             ValueError: the arguments have the wrong shape or dtype, or do not agree.
+            TypeError: an argument is none of these, and none that transformers passes to every model.
         """
-        if kwargs.get("output_attentions") or self.config.output_attentions:
-            raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
-        patch_dim = self.config.num_channels * self.config.patch_size**2
-        if (
-            not is_dense(hidden_states)
-            or not hidden_states.is_floating_point()
-            or hidden_states.dtype == torch.float4_e2m1fn_x2  # two values per element
-            or hidden_states.ndim != 2
-            or hidden_states.shape[1] != patch_dim
-        ):
-            raise ValueError(
-                f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), "
-                f"got {describe(hidden_states)}."
-            )
-        if hidden_states.is_meta and self.device.type != "meta":
-            raise ValueError(f"`hidden_states` is on the meta device, but the model is on {self.device}.")
-        if (grid_thw is None) == (layout is None):
-            raise ValueError("Give either `grid_thw` or `layout`, got " + ("neither." if layout is None else "both."))
-        if layout is None:
-            layout = self.prepare_layout(grid_thw, num_patches=len(hidden_states))
-        else:
-            validate_layout(layout, len(hidden_states), self.learned_side, self.config.merge_temporal)
-        layout = layout.to(hidden_states.device)
+        validate_keyword_arguments(kwargs, self.config)
+        validate_hidden_states(hidden_states, self.config, self.device)
+        given = {name: kwargs[name] for name in PackedLayout._fields if kwargs.get(name) is not None}
+        layout = resolve_layout(grid_thw, given, self.config, hidden_states)
 
-        last_hidden_state = in_blocks(self, hidden_states, layout)
+        output_hidden_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        engine = choose_engine(self, hidden_states, layout, bool(output_hidden_states))
+        if engine is not None:
+            last_hidden_state = engine.encode(self, hidden_states, layout)
+        else:
+            embedded = self.embeddings(hidden_states, layout)
+            last_hidden_state = self.rms_norm(self.encoder(embedded, layout).last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=self.head(last_hidden_state, layout) if self.config.use_head else None,
         )
 
-    def encode(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        hidden_states = self.encoder(self.embeddings(hidden_states, layout), layout).last_hidden_state
-        return rms_norm(self.rms_norm, hidden_states)
 
-
-__all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel", "PackedLayout"]
+__all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]

@@ -1,7 +1,9 @@
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,14 @@ REPO = Path(__file__).resolve().parent.parent
 
 Aimv2PackingModel = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
 Aimv2PackingConfig = Aimv2PackingModel.config_class
+
+
+def hub_module(name: str) -> ModuleType:
+    """One of the flat files that the Hub carries, as the model's own code has imported it."""
+    return sys.modules[f"{Aimv2PackingModel.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
+
+
+packed_layout = hub_module("layout").packed_layout
 
 # Head size 32, two heads, two layers; otherwise as the released models.
 TINY = {

@@ -10,7 +10,15 @@ from itertools import product
 import psutil
 import pytest
 import torch
-from reference import ODD_GRIDS, pack, packing_model, random_images, random_mixes, reference_model
+from reference import (
+    ODD_GRIDS,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    random_mixes,
+    reference_model,
+)
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -100,7 +108,7 @@ def test_outputs_are_saved_as_large_as_they_are(inputs):
 
 
 class Prepared(Dataset):
-    """Layouts, and outputs to compare with, made in a data loader's worker."""
+    """What a forward derives from a grid, and outputs to compare with, made in a data loader's worker."""
 
     def __init__(self, models: list, batches: list[dict[str, torch.Tensor]]):
         self.calls = list(product(models, batches))
@@ -110,7 +118,7 @@ class Prepared(Dataset):
 
     def __getitem__(self, index: int):
         model, inputs = self.calls[index]
-        return model.prepare_layout(inputs["grid_thw"]), outputs_of(model, inputs)
+        return packed_layout(inputs["grid_thw"], model.config), outputs_of(model, inputs)
 
 
 def test_shared_models_and_layouts_cross_to_a_spawned_worker_and_back():
@@ -120,7 +128,7 @@ def test_shared_models_and_layouts_cross_to_a_spawned_worker_and_back():
     for (model, inputs), (layout, from_worker) in zip(dataset.calls, loader, strict=True):
         assert all(parameter.is_shared() for parameter in model.parameters())
         expected = outputs_of(model, inputs)
-        assert same_bits(outputs_of(model, {"hidden_states": inputs["hidden_states"], "layout": layout}), expected)
+        assert same_bits(outputs_of(model, inputs, **layout._asdict()), expected)
         # A worker has one thread, and may sum in another order.
         assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(from_worker, expected, strict=True))
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, REPO, hub_module, pack, packing_model, random_images, reference_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
 
@@ -93,19 +93,35 @@ def test_neighbours_of_equal_length_share_a_call(monkeypatch):
     assert batches == [(3, 6), (1, 25), (1, 6)]
 
 
-@pytest.mark.parametrize(("batch", "queries", "keys"), [(3, 400, 400), (1, 1100, 1100), (5, 1, 700)])
-def test_blocks_of_scores_add_up(batch, queries, keys, monkeypatch):
-    """Lengths at which a block holds some heads, or a part of one head's queries; against float64."""
+def test_more_segments_than_a_cuda_grid_holds_go_in_several_calls(flash_kernel, monkeypatch):
+    reference = reference_model(use_head=True)
+    packed, inputs = packing_model(reference), pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        expected = packed(**inputs)
+    packed.config._attn_implementation = "flash_attention_2"
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "MAX_SEGMENTS_PER_CALL", 4)
+    direct = modeling.segment_attention
+
+    def as_on_a_gpu(module, query, key, value, layout, one_query=False):
+        if len(layout.cu_seqlens) - 1 > modeling.MAX_SEGMENTS_PER_CALL:
+            return modeling.attention_in_several_calls(module, query, key, value, layout, one_query)
+        return direct(module, query, key, value, layout, one_query)
+
+    monkeypatch.setattr(modeling, "segment_attention", as_on_a_gpu)
+    with torch.inference_mode():
+        ours = packed(**inputs)
+    assert len(flash_kernel) == 3 * (reference.config.num_hidden_layers + 1)
+    assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+    assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+
+
+def test_attention_can_be_set_later():
     packed = packing_model(reference_model())
-    attention = sys.modules[sys.modules[type(packed).__module__].packed_attention.__module__]
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 1 << 19)
-    query = torch.randn(batch, 3, queries, 16).bfloat16()
-    key, value = (torch.randn(batch, 3, keys, 16).bfloat16() for _ in range(2))
-    ours, _ = attention.blocked_attention_forward(None, query, key, value, None, scaling=0.25)
-    weights = (query.double() @ key.double().transpose(2, 3) * 0.25).softmax(-1)
-    expected = (weights @ value.double()).transpose(1, 2)
-    assert ours.shape == expected.shape
-    assert (ours - expected).norm() < 0.01 * expected.norm()
+    packed.set_attn_implementation("eager")
+    assert packed.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="telepathy"):
+        packed.set_attn_implementation("telepathy")
 
 
 def test_memory_grows_with_the_patches_not_with_their_square():

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from reference import ODD_GRIDS, pack, packing_model, random_images, reference_model
+from reference import (
+    ODD_GRIDS,
+    Aimv2PackingConfig,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    reference_model,
+)
+from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -33,7 +42,7 @@ def patches(count: int, width: int = 588, dtype: torch.dtype = torch.float32) ->
         (patches(0), torch.tensor([[1, 1, 1]]), ["grid_thw", "1", "0"]),
         (patches(1), torch.zeros(0, 3, dtype=torch.int64), ["grid_thw", "0", "1"]),
         (patches(4), torch.tensor([[2**40, 2**40, 2**40]]), ["grid_thw", str(2**120), "4"]),
-        (patches(4), None, ["grid_thw", "layout", "neither"]),
+        (patches(4), None, ["grid_thw", "NoneType"]),
     ],
 )
 def test_bad_input_is_refused_before_any_work(model, hidden_states, grid_thw, named):
@@ -42,17 +51,46 @@ def test_bad_input_is_refused_before_any_work(model, hidden_states, grid_thw, na
     assert all(word in str(error.value) for word in named)
 
 
-def test_a_layout_must_describe_the_patches(model):
-    layout = model.prepare_layout(torch.tensor([[1, 2, 2]]))
-    with pytest.raises(ValueError, match="`layout` describes 4 patches, but `hidden_states` holds 5"):
-        model(patches(5), layout=layout)
-    with pytest.raises(ValueError, match="both"):
-        model(patches(4), torch.tensor([[1, 2, 2]]), layout=layout)
-    other = packing_model(reference_model(is_native=False)).prepare_layout(torch.tensor([[1, 2, 2]]))
-    with pytest.raises(ValueError, match="`layout`"):
-        model(patches(4), layout=other)
+def test_too_many_patches_to_count_are_refused():
     with pytest.raises(ValueError, match=r"2\*\*31"):
-        model.prepare_layout(torch.tensor([[1, 2**16, 2**16]]))
+        packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cu_seqlens": [0, 4]}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "`cu_seqlens` describes 3 patches, but `hidden_states` holds 4"),
+        ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
+        ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "runs": ((2, 3),)}, "describes 6 patches, but `hidden_states` holds 4"),
+        ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
+        ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
+    ],
+)
+def test_values_computed_ahead_must_describe_the_patches(model, given, message):
+    with pytest.raises(ValueError) as error:
+        model(patches(4), torch.tensor([[1, 2, 2]]), **given)
+    assert message in str(error.value)
+
+
+def test_unknown_arguments_are_refused_by_name(model):
+    """And let through where they are None, or where transformers, Trainer and PEFT pass them to any model."""
+    inputs = pack(random_images([(2, 2)]))
+    with pytest.raises(TypeError, match="`ouput_hidden_states` is not an argument"):
+        model(**inputs, ouput_hidden_states=True)
+    with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
+        model(pixel_values=torch.zeros(1, 3, 28, 28))
+    passed = {
+        "input_ids": None,
+        "attention_mask": None,
+        "output_attentions": None,
+        "num_items_in_batch": torch.ones(()),
+    }
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
 
 
 def test_attention_maps_are_refused(model):
@@ -71,53 +109,40 @@ def test_any_integer_dtype_and_any_strides(model, dtype):
     assert (ours - expected).abs().max() < 1e-5
 
 
-def test_a_prepared_layout_gives_the_same(model):
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_layout_computed_ahead_gives_the_same(is_native):
+    """By this repo's function, and by transformers' own."""
+    model = packing_model(reference_model(use_head=True, is_native=is_native))
     inputs = pack(random_images(ODD_GRIDS))
+    grid_thw = inputs["grid_thw"]
+    theirs = {"cu_seqlens": vision_utils.get_vision_cu_seqlens(grid_thw)}
+    if is_native:
+        theirs["position_ids"] = vision_utils.get_vision_position_ids(grid_thw, 1)
+    else:
+        names = ("interp_indices", "interp_weights")
+        values = vision_utils.get_vision_interpolation_indices_and_weights(grid_thw, 4, mode="bicubic")
+        theirs |= dict(zip(names, values, strict=True))
     with torch.inference_mode():
         expected = model(**inputs)
-        ours = model(inputs["hidden_states"], layout=model.prepare_layout(inputs["grid_thw"]))
-    assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)
-    assert torch.equal(ours.pooler_output, expected.pooler_output)
+        for given in (packed_layout(grid_thw, model.config)._asdict(), theirs):
+            ours = model(inputs["hidden_states"], **given)
+            assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+            assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
 
 
-def test_layout_by_hand(model):
-    layout = model.prepare_layout(torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]]))
-    assert layout.segments.cu_seqlens.dtype == torch.int32
-    assert layout.segments.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
-    assert layout.segments.max_seqlen == 3
-    assert layout.segments.runs == ((3, 2), (1, 3))
+def test_layout_by_hand():
+    layout = packed_layout(torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]]), Aimv2PackingConfig(is_native=True))
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
+    assert layout.max_seqlen == 3
+    assert layout.runs == ((3, 2), (1, 3))
+    assert layout.lengths == (2, 2, 2, 3)
+    assert layout.num_positions == 3
     assert layout.position_ids.tolist() == [
-        [0, 0], [1, 0],
-        [0, 0], [0, 1], [0, 0], [0, 1],
-        [0, 0], [0, 1], [0, 2],
+        [0, 0], [0, 1],
+        [0, 0], [1, 0], [0, 0], [1, 0],
+        [0, 0], [1, 0], [2, 0],
     ]  # fmt: skip
-    (block,) = layout.blocks
-    assert block == (slice(0, 9), 0, block.segments)
-    assert block.segments.runs == layout.segments.runs
-
-
-def test_blocks_by_hand(model):
-    """Whole segments up to 2048 patches; ordered by length where lengths alternate; padded to sizes that recur."""
-    large, small = (1, 30, 40), (1, 20, 30)
-    first, second, third = model.prepare_layout(torch.tensor([large, small, large, (1, 50, 50)])).blocks
-    assert (first.rows, first.padding, first.segments.runs) == (slice(0, 1800), 24, ((1, 1200), (1, 600), (1, 24)))
-    assert (second.rows, second.padding, second.segments.runs) == (slice(1800, 3000), 16, ((1, 1200), (1, 16)))
-    assert (third.rows, third.padding, third.segments.runs) == (slice(3000, 5500), 60, ((1, 2500), (1, 60)))
-
-    (block,) = model.prepare_layout(torch.tensor([(1, 1, 2), (1, 1, 1)] * 3)).blocks
-    assert block.rows.tolist() == [2, 5, 8, 0, 1, 3, 4, 6, 7]
-    assert block.segments.runs == ((3, 1), (3, 2))
-    assert block.segments.cu_seqlens.tolist() == [0, 1, 2, 3, 5, 7, 9]
-
-
-def test_few_sizes_of_blocks(model):
-    """Each at most 3 % larger than it has to be."""
-    sizes = set()
-    for patches in range(1, 2049):
-        (block,) = model.prepare_layout(torch.tensor([(1, 1, patches)])).blocks
-        assert block.padding <= 0.032 * patches
-        sizes.add(patches + block.padding)
-    assert len(sizes) == 64 + 32 * 5
 
 
 def test_outputs_as_in_transformers(model):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ODD_GRIDS, apple_forward, pack, packing_model, patchify, random_images, reference_model
+from reference import (
+    ODD_GRIDS,
+    apple_forward,
+    pack,
+    packed_layout,
+    packing_model,
+    patchify,
+    random_images,
+    reference_model,
+)
 
 
 MODELS = {
@@ -141,10 +150,10 @@ def test_learned_positions_are_interpolated_like_torch(grid):
     """Exact at the native grid; elsewhere what `F.interpolate` makes of the learned table."""
     reference = reference_model(is_native=False)
     packed = packing_model(reference)
-    layout = packed.prepare_layout(torch.tensor([(2, *grid)]))
+    layout = packed_layout(torch.tensor([(2, *grid)]), packed.config)
     learned = reference.embeddings.position_embedding.weight.detach()
     with torch.inference_mode():
-        ours = packed.embeddings.position_embedding(layout.position_ids, layout.position_weights)
+        ours = packed.embeddings.learned_positions(layout)
     table = learned.T.reshape(1, -1, 4, 4)
     expected = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2)[0].T
     assert (ours - expected.repeat(2, 1)).abs().max() < 1e-5

@@ -1,7 +1,7 @@
 """
 `forward` on random arguments: a right result, or a ValueError that names the argument; inputs are never changed.
 
-Thousands of cases: `pytest tests/test_fuzz_forward.py --hypothesis-profile=thorough`.
+Thousands of cases: `pytest tests/model/test_fuzz_forward.py --hypothesis-profile=thorough`.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import packing_model, reference_model
+from reference import packed_layout, packing_model, reference_model
 from torch import nn
 
 
@@ -139,7 +139,7 @@ def test_valid_arguments_give_the_outputs_of_the_original(
     packed = model(is_native, dtype, attn, merge_temporal)
     with grad_mode():
         if ahead:
-            outputs = packed(hidden_states, layout=packed.prepare_layout(grid_thw))
+            outputs = packed(hidden_states, **packed_layout(grid_thw, packed.config)._asdict())
         else:
             outputs = packed(hidden_states, grid_thw)
 
@@ -214,7 +214,7 @@ def test_a_grid_of_another_kind_is_refused(clips, data):
     shapes = [(), (3,), (1, count, 3), (count, 3, 1), (count, 0), (count, 2), (count, 4), (3, count + 4)]
     argument = data.draw(
         st.one_of(
-            st.sampled_from([*not_tensors(grid_thw), model().prepare_layout(grid_thw)]),
+            st.sampled_from([*not_tensors(grid_thw), packed_layout(grid_thw, model().config)]),
             st.sampled_from(not_strided(grid_thw)),
             st.sampled_from(NOT_INTEGERS).map(lambda dtype: torch.empty(count, 3, dtype=dtype)),
             st.sampled_from(shapes).map(lambda shape: torch.ones(shape, dtype=torch.int64)),
@@ -248,12 +248,12 @@ def test_another_number_of_patches_is_refused(clips, difference):
     hidden_states, grid_thw = batch(clips)
     count = max(0, len(hidden_states) + difference)
     if count != len(hidden_states):
-        layout = model().prepare_layout(grid_thw)
+        given = packed_layout(grid_thw, model().config)._asdict()
         message = refusal(model(), torch.zeros(count, PATCH_DIM), grid_thw)
         assert "`grid_thw` describes" in message
         assert f"`hidden_states` holds {count}" in message
-        message = refusal(model(), torch.zeros(count, PATCH_DIM), layout=layout)
-        assert message == f"`layout` describes {len(hidden_states)} patches, but `hidden_states` holds {count}."
+        message = refusal(model(), torch.zeros(count, PATCH_DIM), **given)
+        assert message == f"`cu_seqlens` describes {len(hidden_states)} patches, but `hidden_states` holds {count}."
 
 
 def test_more_images_than_patches_are_refused_at_once():
@@ -284,46 +284,17 @@ def test_shapes_can_be_had_without_values(is_native):
         assert shapes[name].shape == expected[name].shape
 
 
-def test_a_layout_is_one_of_this_kind_of_model():
-    hidden_states, grid_thw = batch([(2, 2, 3)])
-    layout = model().prepare_layout(grid_thw)
-    for argument in (tuple(layout), layout._asdict(), list(layout), grid_thw, "layout", 1):
-        assert "`layout` must be a `PackedLayout`" in refusal(model(), hidden_states, layout=argument)
-    assert "both" in refusal(model(), hidden_states, grid_thw, layout)
-    assert "neither" in refusal(model(), hidden_states)
-
-    larger = packing_model(reference_model(is_native=False, **{**GEOMETRY, "image_size": 8}))
-    kinds = [model(), model(is_native=False), model(merge_temporal=True), larger]
-    for ours in kinds:
-        for theirs in kinds:
-            layout = theirs.prepare_layout(grid_thw)
-            if ours is theirs:
-                ours(hidden_states, layout=layout)
-            else:
-                assert "`layout` must come from a model with" in refusal(ours, hidden_states, layout=layout)
-
-
-@given(clips=some_clips, other=some_clips, data=st.data())
-def test_a_layout_that_contradicts_itself_is_refused(clips, other, data):
+@given(clips=some_clips, other=some_clips)
+def test_a_layout_of_other_images_is_refused(clips, other):
+    """Where its patches are as many: then nothing tells them apart, and the layout that was given counts."""
     hidden_states, grid_thw = batch(clips)
-    layout = model().prepare_layout(grid_thw)
-    others = model().prepare_layout(torch.tensor(other))
-    name = data.draw(st.sampled_from(["cu_seqlens", "max_seqlen", "runs", "blocks"]))
-    if name == "blocks":
-        tampered = layout._replace(blocks=others.blocks)
+    given = packed_layout(torch.tensor(other), model().config)._asdict()
+    described = sum(prod(clip) for clip in other)
+    if described != len(hidden_states):
+        assert f"describes {described} patches" in refusal(model(), hidden_states, grid_thw, **given)
     else:
-        tampered = layout._replace(segments=layout.segments._replace(**{name: getattr(others.segments, name)}))
-    shapes = [
-        (sum(n for n, _ in runs), sum(n * length for n, length in runs), max(length for _, length in runs))
-        for runs in (layout.segments.runs, others.segments.runs)
-    ]
-    differs = {
-        "cu_seqlens": shapes[0][0] != shapes[1][0],
-        "max_seqlen": shapes[0][2] != shapes[1][2],
-        "blocks": shapes[0][1] != shapes[1][1],
-    }
-    if differs.get(name, shapes[0] != shapes[1]):
-        assert "`layout` contradicts itself" in refusal(model(), hidden_states, layout=tampered)
+        ours, expected = model()(hidden_states, **given), model()(hidden_states, torch.tensor(other))
+        assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
 
 
 sizes = st.one_of(st.integers(1, 3), st.integers(-2, 6), st.integers(-(2**63), 2**63 - 1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import REPO, TINY, Aimv2PackingModel, pack, packing_model, random_images, reference_model
 from safetensors.torch import load_file, save_file
+from scaling import make_model_repo
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, AutoConfig, AutoModel
 
 
@@ -58,6 +59,27 @@ def test_weights_that_would_stay_random_are_an_error(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 weights, 'encoder.layers.1.ffn.up_proj.weight' first.*convert"):
         Aimv2PackingModel.from_pretrained(tmp_path)
+
+
+def test_a_new_head_is_put_on_by_name(tmp_path):
+    reference = reference_model()
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 5 weights.*give `newly_initialized=\['head'\]`"):
+        Aimv2PackingModel.from_pretrained(tmp_path, use_head=True)
+    with pytest.raises(ValueError, match="lacks 5 weights"):
+        Aimv2PackingModel.from_pretrained(tmp_path, use_head=True, newly_initialized=["hea"])
+    packed, info = Aimv2PackingModel.from_pretrained(
+        tmp_path, use_head=True, newly_initialized=["head"], output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"head"}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], value)
+
+
+def test_a_new_head_is_put_on_through_auto_model(tmp_path):
+    repo = make_model_repo(tmp_path)
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, use_head=True, newly_initialized=["head"])
+    assert model.head.output_proj.weight.shape == (64, 64)
 
 
 def test_another_layout_is_an_error_that_names_the_converter(tmp_path):

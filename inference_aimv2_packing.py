@@ -1,0 +1,240 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The door to the inference engines.
+
+An engine computes what the plain model computes, faster, and without calling the model's modules. It may run only where
+nobody can tell the difference: `choose_engine` decides that once per forward, from the state as it then is.
+"""
+
+import sys
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import modeling_layers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .cpu_inference_aimv2_packing import encode as encode_on_cpu
+from .cpu_inference_aimv2_packing import refusal as cpu_refusal
+
+
+logger = logging.get_logger(__name__)
+
+
+class Engine(NamedTuple):
+    """
+    An accelerated path.
+
+    Attributes:
+        name (`str`): What `model.path` says when it ran.
+        refusal (`Callable`): `(model, hidden_states, layout)` to why it cannot run this forward, or `None`.
+        encode (`Callable`): `(model, hidden_states, layout)` to the features after the final norm.
+    """
+
+    name: str
+    refusal: Callable[[nn.Module, torch.Tensor, Any], str | None]
+    encode: Callable[[nn.Module, torch.Tensor, Any], torch.Tensor]
+
+
+ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu),)
+
+# The classes of the modeling file, and where these and torch's have their `forward` from.
+MODELING = f"{__name__.rpartition('.')[0]}.modeling_aimv2_packing"
+CHECKPOINTING_FILE = modeling_layers.__file__
+LIBRARY_CLASSES = {nn.Linear, nn.RMSNorm, nn.Embedding, nn.ModuleList}
+ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+CAPTURE_MODULE = "transformers.utils.output_capturing"
+
+
+class Modules:
+    """
+    The modules and parameters below a model, as they were when looked at. The lists hold those objects' own containers,
+    so that a look at what is in them now is a few passes in C.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.states = [module.__dict__ for module in modules]
+        self.children = self.current_children()
+        self.below = modules[1:]
+        below = self.states[1:]
+        self.types = [type(module) for module in self.below]
+        self.sizes = list(map(len, below))
+        self.hooks = [state[name] for name in HOOKS for state in below]
+        self.owners = [module for _ in HOOKS for module in self.below]
+        self.parameters = self.current_parameters()
+        self.weights = [parameter for parameter in self.parameters if parameter is not None]
+        self.forwards = {kind: kind.forward for kind in set(self.types)}
+        self.aligned = [module for module in self.below if "_hf_hook" in module.__dict__]
+        self.obstacle = self.look_closely()
+
+    def current_children(self) -> list[nn.Module]:
+        return list(chain.from_iterable(map(dict.values, map(itemgetter("_modules"), self.states))))
+
+    def current_parameters(self) -> list[nn.Parameter | None]:
+        return list(chain.from_iterable(map(dict.values, map(itemgetter("_parameters"), self.states))))
+
+    def are_current(self) -> bool:
+        """Whether the same modules of the same classes hold the same parameters."""
+        below = self.states[1:]
+        return (
+            self.current_children() == self.children
+            and list(map(type, self.below)) == self.types
+            and list(map(len, below)) == self.sizes
+            and list(map(id, self.current_parameters())) == list(map(id, self.parameters))
+            and all(kind.forward is forward for kind, forward in self.forwards.items())
+        )
+
+    def look_closely(self) -> str | None:
+        """What in the modules themselves keeps every engine out."""
+        for module, kind in zip(self.below, self.types, strict=True):
+            name = kind.__name__
+            if kind not in LIBRARY_CLASSES and kind.__module__ not in (MODELING, *ACTIVATIONS):
+                return f"a module is a {name}"
+            if not is_own_forward(kind):
+                return f"the forward of {name} has been replaced"
+            if "_compiled_call_impl" in module.__dict__:
+                return f"a {name} is compiled"
+            if "forward" in module.__dict__ and not is_idle_alignment(module):
+                return f"the forward of a {name} has been replaced"
+        for weight in self.weights:
+            if type(weight) is not nn.Parameter:
+                return f"a weight is a {type(weight).__name__}"
+        return None
+
+
+def is_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether the class has its `forward` from where it is defined, as before anyone patched it."""
+    code = getattr(kind.forward, "__code__", None)
+    home = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return code is not None and code.co_filename in (home, CHECKPOINTING_FILE, torch_module.__file__)
+
+
+def is_idle_alignment(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward by one that only makes sure that the inputs are where they are."""
+    state = module.__dict__
+    hook, original = state.get("_hf_hook"), getattr(state.get("_old_forward"), "__func__", None)
+    if hook is None or original is not type(module).forward:
+        return False
+    if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
+        return False
+    if hook.offload or hook.no_grad or hook.execution_device is None:
+        return not hook.offload and not hook.no_grad
+    device = torch.device("cuda", hook.execution_device) if isinstance(hook.execution_device, int) else None
+    device = device or torch.device(hook.execution_device)
+    return all(
+        weight.device.type == device.type and device.index in (None, weight.device.index)
+        for weight in module.parameters()
+    )
+
+
+def is_idle_capture(hook: Callable) -> bool:
+    """Whether this is a hook with which transformers returns `hidden_states`; it stays when that is over."""
+    return getattr(hook, "__module__", None) == CAPTURE_MODULE
+
+
+SEEN: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
+
+
+def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> Engine | None:
+    """
+    The engine that runs this forward, or `None` where the plain model has to. Which it was, and why, is then in
+    `model.path` and in the debug log.
+
+    Args:
+        model (`nn.Module`): An `Aimv2PackingModel`.
+        hidden_states (`torch.Tensor`): The patches.
+        layout (`PackedLayout`): How they divide.
+        captures (`bool`): Whether what each layer returns was asked for.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    obstacle = obstacle_to_all(model, hidden_states, layout, captures)
+    reasons = []
+    for engine in ENGINES if obstacle is None else ():
+        reason = engine.refusal(model, hidden_states, layout)
+        if reason is None:
+            model.path = engine.name
+            return engine
+        reasons.append(f"{engine.name}: {reason}")
+    path = f"plain: {obstacle or ', '.join(reasons)}"
+    if path != model.path:
+        logger.debug(path)
+    model.path = path
+    return None
+
+
+def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> str | None:
+    """Why no engine may run this forward, or `None`."""
+    if not model.use_engines:
+        return "`use_engines` is false"
+    if captures:
+        return "hidden states of every layer were asked for"
+    if layout.runs is None:
+        return "the lengths of the segments are not known on the host"
+    if len(hidden_states) == 0:
+        return "there are no patches"
+    if type(hidden_states) is not torch.Tensor and type(hidden_states) is not nn.Parameter:
+        return f"`hidden_states` is a {type(hidden_states).__name__}"
+    if watched := watching_mode(hidden_states):
+        return watched
+
+    modules = SEEN.get(model)
+    if modules is None or not modules.are_current():
+        modules = SEEN[model] = Modules(model)
+    if modules.obstacle:
+        return modules.obstacle
+    for module, hooks in zip(modules.owners, modules.hooks, strict=True) if any(modules.hooks) else ():
+        if not all(map(is_idle_capture, hooks.values())):
+            return f"a {type(module).__name__} has a forward hook"
+    if not all(map(is_idle_alignment, modules.aligned)):
+        return "accelerate moves weights or inputs"
+    if not modules.weights or len(set(map(attrgetter("dtype"), modules.weights))) > 1:
+        return "the weights are of several dtypes"
+    if set(map(attrgetter("device"), modules.weights)) != {hidden_states.device}:
+        return "weights and patches are on several devices"
+    if torch.is_grad_enabled() and (
+        hidden_states.requires_grad or any(map(attrgetter("requires_grad"), modules.weights))
+    ):
+        return "gradients are enabled"
+    if model.config.attention_dropout and any(map(attrgetter("training"), modules.below)):
+        return "dropout is active"
+    return None
+
+
+def watching_mode(hidden_states: torch.Tensor) -> str | None:
+    """The mode of torch that sees or changes each operation or module call, if one is on."""
+    device = hidden_states.device.type
+    try:
+        if torch.jit.is_tracing():
+            return "the model is being traced"
+        if torch._C._len_torch_dispatch_stack() or hidden_states.is_meta:
+            return "a dispatch mode is on"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is on"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode AD is on"
+        if torch._C._len_torch_function_stack() and not all(
+            isinstance(mode, torch.utils._device.DeviceContext)
+            for mode in torch.overrides._get_current_function_mode_stack()
+        ):
+            return "a function mode is on"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "there is a global forward hook"
+        if torch.is_autocast_enabled(device):
+            return "autocast is on"
+    except AttributeError as error:
+        return f"this torch lacks a name ({error})"
+    if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:
+        return "the attention function called sdpa has been replaced"
+    return None

@@ -1,0 +1,150 @@
+"""`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from reference import (
+    ODD_GRIDS,
+    hub_module,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    random_mixes,
+    reference_model,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_compiled_model_gives_the_same(attn):
+    packed = packing_model(reference_model(use_head=True), attn=attn)
+    compiled = torch.compile(packed, backend="aot_eager")
+    for grids in (ODD_GRIDS, ODD_GRIDS[:3]):
+        inputs = pack(random_images(grids))
+        with torch.no_grad():
+            ours, expected = compiled(**inputs), packed(**inputs)
+        assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+        assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+
+
+def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
+    """One graph serves every mix; PyTorch's kernel, which needs a GPU, is replaced by one of the same signature."""
+    packed = packing_model(reference_model())
+
+    def varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        return query + key * cu_seqlens_q[-1] + value * max_seqlen_k
+
+    monkeypatch.setattr(hub_module("modeling"), "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(hub_module("modeling"), "varlen_attn", varlen_attn)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for inputs in random_mixes(20):
+            layout = packed_layout(inputs["grid_thw"], packed.config)._replace(runs=None)
+            embedded = packed.embeddings(inputs["hidden_states"], layout)
+            ours = encoder(embedded, layout).last_hidden_state
+            expected = packed.encoder(embedded, layout).last_hidden_state
+            assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert counter.frame_count <= 2
+
+
+MODELS = {"native": {"use_head": True}, "learned": {"use_head": True, "is_native": False}}
+
+
+def computed_ahead(packed, grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a layout, as transformers' exporters would give them."""
+    layout = packed_layout(grid_thw, packed.config)._asdict()
+    return {name: value for name, value in layout.items() if isinstance(value, torch.Tensor)}
+
+
+class Explicit(torch.nn.Module):
+    """`torch.export` describes the shapes of positional arguments; a `**kwargs` it cannot name."""
+
+    def __init__(self, packed, names: list[str]):
+        super().__init__()
+        self.packed, self.names = packed, names
+
+    def forward(self, *values):
+        outputs = self.packed(**dict(zip(self.names, values, strict=True)))
+        return outputs.last_hidden_state, outputs.pooler_output
+
+
+def one_size(packed, count: int) -> dict[str, torch.Tensor]:
+    inputs = pack(random_images([(4, 5)] * count))
+    return inputs | computed_ahead(packed, inputs["grid_thw"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_exports_for_any_number_of_images_of_one_size(name):
+    packed = packing_model(reference_model(**MODELS[name]))
+    given = one_size(packed, 3)
+    any_number = {"values": ({0: torch.export.Dim.AUTO},) * len(given)}
+    explicit = Explicit(packed, list(given))
+    exported = torch.export.export(explicit, tuple(given.values()), dynamic_shapes=any_number).module()
+    for count in (2, 5, 40):
+        given = one_size(packed, count)
+        with torch.no_grad():
+            expected = packed(given["hidden_states"], given["grid_thw"])
+            for ours, theirs in zip(exported(*given.values()), expected.to_tuple(), strict=True):
+                assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_runs_in_onnxruntime(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    packed = packing_model(reference_model(**MODELS[name]))
+    given = one_size(packed, 3)
+    explicit, any_number = Explicit(packed, list(given)), {"values": ({0: torch.export.Dim.AUTO},) * len(given)}
+    program = torch.onnx.export(
+        explicit, tuple(given.values()), dynamo=True, dynamic_shapes=any_number, input_names=list(given), verbose=False
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    used = {value.name for value in session.get_inputs()}
+    for count in (2, 5):
+        given = one_size(packed, count)
+        with torch.no_grad():
+            expected = packed(given["hidden_states"], given["grid_thw"]).to_tuple()
+        results = session.run(None, {key: value.numpy() for key, value in given.items() if key in used})
+        for ours, theirs in zip(results, expected, strict=True):
+            assert (torch.from_numpy(ours) - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_exports_for_one_mixed_layout(name):
+    """The layout is part of the exported program: batches of the same grids run through it."""
+    packed = packing_model(reference_model(**MODELS[name]))
+    inputs = pack(random_images(ODD_GRIDS))
+    layout = packed_layout(inputs["grid_thw"], packed.config)
+
+    class OfOneLayout(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed = packed
+
+        def forward(self, hidden_states):
+            return self.packed(hidden_states, **layout._asdict()).last_hidden_state
+
+    exported = torch.export.export(OfOneLayout(), (inputs["hidden_states"],)).module()
+    other = pack(random_images(ODD_GRIDS))
+    with torch.no_grad():
+        assert (exported(other["hidden_states"]) - packed(**other).last_hidden_state).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_the_model_traces_for_one_mixed_layout():
+    packed = packing_model(reference_model(use_head=True))
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.no_grad(), pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(packed, tuple(inputs.values()), strict=False)
+        other = pack(random_images(ODD_GRIDS))
+        ours, expected = traced(**other), packed(**other)
+    assert (ours["last_hidden_state"] - expected.last_hidden_state).abs().max() < 1e-5

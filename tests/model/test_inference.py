@@ -1,0 +1,406 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The door: an engine runs only where nobody can tell the difference, and then it does run."""
+
+import ast
+import logging
+import re
+import shutil
+from contextlib import suppress
+
+import pytest
+import torch
+from reference import (
+    ODD_GRIDS,
+    REPO,
+    Aimv2PackingModel,
+    hub_module,
+    pack,
+    packing_model,
+    random_images,
+    reference_model,
+)
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+
+
+@pytest.fixture
+def packed():
+    return packing_model(reference_model())
+
+
+@pytest.fixture
+def inputs():
+    return pack(random_images(ODD_GRIDS))
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def path_of(packed, inputs) -> str:
+    packed(**inputs)
+    return packed.path
+
+
+MODULES = [
+    "embeddings",
+    "embeddings.patch_embed",
+    "embeddings.rms_norm",
+    "encoder",
+    "encoder.layers.1",
+    "encoder.layers.0.attention",
+    "encoder.layers.0.attention.q_proj",
+    "encoder.layers.0.ffn",
+    "encoder.layers.0.ffn.act_fn",
+    "encoder.layers.0.ffn.up_proj",
+    "encoder.layers.0.rms_norm2",
+    "rms_norm",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_forward_hook_sees_all_patches_once_and_takes_effect(packed, inputs, name):
+    expected = packed(**inputs).last_hidden_state
+    assert packed.path == "cpu"
+    seen = []
+    hook = packed.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    ours = packed(**inputs).last_hidden_state
+    assert seen == [len(inputs["hidden_states"])]
+    assert packed.path == f"plain: a {type(packed.get_submodule(name)).__name__} has a forward hook"
+    assert (ours - expected).abs().max() < 1e-5
+
+    hook.remove()
+    assert path_of(packed, inputs) == "cpu"
+    if name not in ("encoder", "embeddings"):
+        packed.get_submodule(name).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        assert not torch.equal(packed(**inputs).last_hidden_state, expected)
+
+
+def test_a_pre_hook_takes_effect(packed, inputs):
+    expected = packed(**inputs).last_hidden_state
+    packed.rms_norm.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
+    assert not torch.equal(packed(**inputs).last_hidden_state, expected)
+
+
+def test_hooks_on_the_model_itself_fire_around_the_engine(packed, inputs):
+    seen = []
+    packed.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape))
+    assert path_of(packed, inputs) == "cpu"
+    assert seen == [(len(inputs["hidden_states"]), 64)]
+
+
+def test_a_replaced_forward_is_called(packed, inputs):
+    packed(**inputs)
+    projection = packed.encoder.layers[0].ffn.down_proj
+    projection.forward = lambda hidden_states: torch.zeros(len(hidden_states), 64)
+    ours = packed(**inputs, output_hidden_states=True).hidden_states[1]
+    with torch.enable_grad():
+        expected = packed(**inputs, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(ours, expected)
+    assert "the forward of a Linear has been replaced" in path_of(packed, inputs)
+
+
+def test_a_patched_class_is_called(packed, inputs, monkeypatch):
+    packed(**inputs)
+    calls = []
+    original = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or original(self, x))
+    assert path_of(packed, inputs) == "plain: the forward of Linear has been replaced"
+    assert len(calls) == 7 * packed.config.num_hidden_layers
+    monkeypatch.undo()
+    assert path_of(packed, inputs) == "cpu"
+
+
+class Doubled(nn.SiLU):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
+def test_a_subclassed_module_is_called(packed, inputs):
+    expected = packed(**inputs).last_hidden_state
+    packed.encoder.layers[0].ffn.act_fn = Doubled()
+    assert not torch.equal(packed(**inputs).last_hidden_state, expected)
+    assert packed.path == "plain: a module is a Doubled"
+
+
+def test_a_compiled_layer_compiles_for_whole_batches():
+    """Not for each block anew."""
+    packed = packing_model(reference_model(num_hidden_layers=1))
+    inputs = pack(random_images([(16, 16), (3, 5), (20, 20), (3, 5)] * 5))
+    expected = packed(**inputs).last_hidden_state
+    sizes = []
+
+    def backend(graph, example_inputs):
+        sizes.extend(len(x) for x in example_inputs if isinstance(x, torch.Tensor) and x.ndim == 2)
+        return graph.forward
+
+    packed.encoder.layers[0].compile(backend=backend)
+    ours = packed(**inputs).last_hidden_state
+    rows_of_weights = {packed.config.hidden_size, packed.config.intermediate_size}
+    assert set(sizes) - rows_of_weights == {len(inputs["hidden_states"])}
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_a_flop_counter_counts_everything(packed, inputs):
+    """As many as with gradients, where nothing is fused."""
+    with FlopCounterMode(display=False) as ours:
+        packed(**inputs)
+    with torch.enable_grad(), FlopCounterMode(display=False) as expected:
+        packed(**inputs)
+    assert ours.get_total_flops() == expected.get_total_flops() > 0
+
+
+def test_a_global_hook_sees_every_linear_layer(packed, inputs):
+    packed(**inputs)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    try:
+        packed(**inputs)
+    finally:
+        hook.remove()
+    assert seen.count(nn.Linear) == 7 * packed.config.num_hidden_layers
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_derivatives_equal_those_by_differences(inputs):
+    packed = packing_model(reference_model(torch.float64))
+    patches = inputs["hidden_states"].double()
+    direction = torch.randn_like(patches)
+    # Of torch's kernels only this one has a forward derivative.
+    with torch.autograd.forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        dual = torch.autograd.forward_ad.make_dual(patches, direction)
+        output = packed(dual, inputs["grid_thw"]).last_hidden_state
+        ours = torch.autograd.forward_ad.unpack_dual(output).tangent
+    step = 1e-5
+    ahead, behind = (
+        packed(patches + sign * step * direction, inputs["grid_thw"]).last_hidden_state for sign in (1, -1)
+    )
+    assert (ours - (ahead - behind) / (2 * step)).norm() < 1e-5 * ours.norm()
+
+
+def test_reentrant_checkpointing_with_dropout_recomputes_what_it_ran(inputs):
+    """Gradients equal those without checkpointing, from the same random numbers."""
+
+    def gradients(checkpointed: bool) -> torch.Tensor:
+        torch.manual_seed(1)
+        packed = packing_model(reference_model(torch.float64, attention_dropout=0.5)).train()
+        if checkpointed:
+            packed.gradient_checkpointing_enable({"use_reentrant": True})
+            packed.enable_input_require_grads()
+        torch.manual_seed(2)
+        with torch.enable_grad():
+            packed(**inputs).last_hidden_state.square().sum().backward()
+        return packed.encoder.layers[0].ffn.up_proj.weight.grad
+
+    expected = gradients(checkpointed=False)
+    assert (gradients(checkpointed=True) - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_capture_hooks_at_rest_do_not_matter(packed, inputs):
+    without = packed(**inputs).last_hidden_state
+    outputs = packed(**inputs, output_hidden_states=True)
+    assert packed.path == "plain: hidden states of every layer were asked for"
+    assert len(outputs.hidden_states) == packed.config.num_hidden_layers + 1
+    assert (outputs.last_hidden_state - without).abs().max() < 1e-5
+    assert path_of(packed, inputs) == "cpu"
+
+
+def test_gradients_take_the_plain_path_and_a_frozen_model_does_not(packed, inputs):
+    packed.train()
+    with torch.enable_grad():
+        assert path_of(packed, inputs) == "plain: gradients are enabled"
+        packed.requires_grad_(False)
+        assert path_of(packed, inputs) == "cpu"
+        inputs["hidden_states"].requires_grad_()
+        assert path_of(packed, inputs) == "plain: gradients are enabled"
+    assert path_of(packed, inputs) == "cpu"
+
+
+def test_dropout_is_applied_without_gradients_too(inputs):
+    packed = packing_model(reference_model(attention_dropout=0.5))
+    assert path_of(packed, inputs) == "cpu"
+    packed.train()
+    assert not torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
+    assert packed.path == "plain: dropout is active"
+
+
+def test_autocast_takes_the_plain_path(packed, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert path_of(packed, inputs) == "plain: autocast is on"
+
+
+def test_a_default_device_does_not_matter_and_other_function_modes_do(packed, inputs):
+    with torch.device("cpu"):
+        assert path_of(packed, inputs) == "cpu"
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        assert path_of(packed, inputs) == "plain: a function mode is on"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_of_torch_func_take_the_plain_path(packed, inputs):
+    seen = []
+
+    def forward(patches):
+        output = packed(patches, inputs["grid_thw"]).last_hidden_state
+        seen.append(packed.path)
+        return output
+
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.func.jvp(forward, (inputs["hidden_states"],), (torch.ones_like(inputs["hidden_states"]),))
+    assert seen == ["plain: a transform of torch.func is on"]
+
+
+@pytest.mark.parametrize("attn", ["eager"])
+def test_another_attention_takes_the_plain_path(inputs, attn):
+    packed = packing_model(reference_model(), attn=attn)
+    assert path_of(packed, inputs) == f"plain: cpu: attn_implementation is {attn}"
+
+
+def test_weights_changed_in_place_or_replaced_count_at_once(packed, inputs):
+    with torch.inference_mode():
+        before = packed(**inputs).last_hidden_state
+    packed.encoder.layers[1].ffn.up_proj.weight.data.mul_(2)
+    changed = packed(**inputs).last_hidden_state
+    assert packed.path == "cpu"
+    assert not torch.equal(changed, before)
+    packed.encoder.layers[0].attention.q_proj = nn.Linear(64, 64, bias=True)
+    replaced = packed(**inputs).last_hidden_state
+    assert packed.path == "cpu"
+    packed.use_engines = False
+    assert (replaced - packed(**inputs).last_hidden_state).abs().max() < 1e-5
+    packed.use_engines = True
+    packed.encoder.layers[0].rms_norm1.half()
+    with suppress(RuntimeError):
+        packed(**inputs)
+    assert packed.path == "plain: the weights are of several dtypes"
+
+
+def test_fewer_layers_count_at_once(packed, inputs):
+    packed(**inputs)
+    packed.encoder.layers = packed.encoder.layers[:1]
+    ours = packed(**inputs).last_hidden_state
+    assert packed.path == "cpu"
+    packed.use_engines = False
+    assert (ours - packed(**inputs).last_hidden_state).abs().max() < 1e-5
+
+
+def test_a_torch_without_a_private_name_runs_the_plain_model(packed, inputs, monkeypatch):
+    expected = packed(**inputs).last_hidden_state
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    ours = packed(**inputs).last_hidden_state
+    assert packed.path.startswith("plain: this torch lacks a name (")
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_adapters_are_applied_merged_and_unmerged(inputs):
+    """On projections, on the patch embedding and on learned positions, with either order of a patch's values."""
+    peft = pytest.importorskip("peft", reason="needs requirements-scale.txt")
+    for patch_layout in ("channels_first", "channels_last"):
+        reference = reference_model(is_native=False)
+        packed = packing_model(reference, patch_layout=patch_layout)
+        without = packed(**inputs).last_hidden_state
+        targets = ["q_proj", "v_proj", "gate_proj", "patch_embed", "position_embedding"]
+        adapted = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        unmerged = adapted.eval()(**inputs).last_hidden_state
+        assert packed.path.startswith("plain: a module is a ")
+        assert (unmerged - without).abs().max() > 0.1
+        merged = adapted.merge_and_unload()
+        again = merged(**inputs).last_hidden_state
+        assert merged.path == "cpu"
+        assert (again - unmerged).abs().max() < 1e-4
+
+
+def test_lora_equals_the_originals(inputs):
+    """The same adapters on `Aimv2VisionModel`, image by image."""
+    peft = pytest.importorskip("peft", reason="needs requirements-scale.txt")
+    images = random_images([(4, 4)] * 3)
+    reference = reference_model(is_native=False)
+    packed = packing_model(reference)
+    config = peft.LoraConfig(r=4, target_modules=["patch_embed", "position_embedding"], init_lora_weights=False)
+    theirs, ours = peft.get_peft_model(reference, config), peft.get_peft_model(packed, config)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    expected = torch.cat([theirs.base_model(pixel_values=image[None]).last_hidden_state[0] for image in images])
+    assert (ours.base_model(**pack(images)).last_hidden_state - expected).abs().max() < 1e-5
+
+
+def test_alignment_hooks_that_move_nothing_do_not_matter(packed, inputs):
+    accelerate = pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+    accelerate.dispatch_model(packed, {"": "cpu"}, force_hooks=True)
+    accelerate.hooks.attach_align_device_hook_on_blocks(
+        packed.encoder, execution_device={name: "cpu" for name, _ in packed.encoder.named_modules()}
+    )
+    replaced = [name for name, module in packed.named_modules() if "forward" in vars(module)]
+    assert len(replaced) > packed.config.num_hidden_layers
+    assert path_of(packed, inputs) == "cpu"
+
+
+def test_offloaded_weights_are_fetched(packed, inputs, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+    expected = packed(**inputs).last_hidden_state
+    accelerate.disk_offload(packed, tmp_path, execution_device="cpu")
+    ours = packed(**inputs).last_hidden_state
+    assert packed.path.startswith("plain: ")
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_which_path_ran_is_logged(packed, inputs, caplog):
+    logger = logging.getLogger(hub_module("inference").__name__)
+    with caplog.at_level(logging.DEBUG, logger=logger.name):
+        logger.addHandler(caplog.handler)
+        packed.use_engines = False
+        packed(**inputs)
+        logger.removeHandler(caplog.handler)
+    assert "plain: `use_engines` is false" in caplog.text
+
+
+@pytest.mark.parametrize("room", ["cpu_inference"])
+def test_an_engine_can_be_removed_without_a_trace(room, packed, inputs, tmp_path):
+    """Its file, its imports and its entry in the table of engines: the model gives the same features."""
+    expected = packed(**inputs).last_hidden_state
+    packed.save_pretrained(tmp_path)
+    for file in REPO.glob("*_aimv2_packing.py"):
+        shutil.copy(file, tmp_path)
+    shutil.copy(REPO / "config.json", tmp_path / "auto.json")
+    config = packed.config.to_dict() | {
+        "auto_map": {
+            "AutoConfig": "configuration_aimv2_packing.Aimv2PackingConfig",
+            "AutoModel": "modeling_aimv2_packing.Aimv2PackingModel",
+        }
+    }
+    type(packed.config).from_dict(config).save_pretrained(tmp_path)
+    door = tmp_path / "inference_aimv2_packing.py"
+    name = room.removesuffix("_inference")
+    source = re.sub(rf"from \.{room}_aimv2_packing import .*\n", "", door.read_text())
+    source = re.sub(rf'Engine\("{name}", [^)]*\),?', "", source)
+    door.write_text(source)
+    (tmp_path / f"{room}_aimv2_packing.py").unlink()
+    without = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    ours = without(**inputs).last_hidden_state
+    assert without.path.startswith("plain")
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_an_engine_imports_nothing_from_the_modeling_file():
+    for path in REPO.glob("*_inference_aimv2_packing.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level and "modeling" in (node.module or "")), (
+                path.name
+            )
+
+
+def test_a_subclass_of_the_model_is_served(inputs):
+    class Subclass(Aimv2PackingModel):
+        pass
+
+    packed = Subclass(packing_model(reference_model()).config).eval()
+    assert path_of(packed, inputs) == "cpu"
