@@ -14,7 +14,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .triton_kernels_aimv2_packing import add_rms_norm, silu_mul, triton
+from .triton_kernels_aimv2_packing import add_rms_norm, segment_attention, segment_bounds, silu_mul, triton
 
 
 logger = logging.getLogger(__name__)
@@ -60,11 +59,21 @@ class CudaInferenceSettings:
 
 
 class Budget(NamedTuple):
-    """What a graph for any mix has room for; the layout of images of one length has a `length` and no padding."""
+    """
+    What a graph has room for.
+
+    Attributes:
+        patches (`int`): Patches, padding included.
+        segments (`int`): Segments, where attention needs a bound on them.
+        longest (`int`): Patches of the longest segment, likewise.
+        side (`int`): Rows or columns of an image; 0 with learned positions.
+        length (`int`, or `None`): Patches of every segment of the one layout that this is for, without padding.
+    """
 
     patches: int
     segments: int
     longest: int
+    side: int
     length: int | None = None
 
 
@@ -72,10 +81,10 @@ def power_of_two(value: int, least: int) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-def budget_of(patches: int, segments: int, longest: int) -> Budget:
-    """The smallest budget that a mix fits: 16 sizes per doubling, at most 1/16 or 63 patches of padding."""
+def padded_size(patches: int) -> int:
+    """`patches` rounded up to one of 16 sizes per doubling, at least 64 apart."""
     step = max(64, power_of_two(patches, 1) // 32)
-    return Budget(-(-patches // step) * step, power_of_two(segments + 1, 16), power_of_two(max(longest, step), 256))
+    return -(-patches // step) * step
 
 
 class Product(NamedTuple):
@@ -248,11 +257,11 @@ def position_tensors(layout: Any) -> tuple[torch.Tensor, ...]:
     return layout.interp_indices, layout.interp_weights
 
 
-def sincos_table(side: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Sine and cosine of each position along a side of the grid, float64 of shape `(side, 2 * dim)`."""
-    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    angles = torch.arange(side, **like).outer(10000 ** -(torch.arange(dim, **like) / dim))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+def sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sine and cosine of each position, float64 of shape `(*positions.shape, 2 * dim)`."""
+    exponents = torch.arange(dim, dtype=torch.float64, device=positions.device) / dim
+    angles = positions.double().unsqueeze(-1) * 10000**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Engine:
@@ -306,6 +315,10 @@ class Engine:
         if self.head_dim % 8 or self.head_dim > 256:
             return f"no attention kernel takes heads of size {self.head_dim}"
         self.capability = torch.cuda.get_device_capability(self.device)
+        # Measured on Hopper; docs/kernels.md.
+        self.has_own_attention = (
+            self.capability[0] == 9 and self.dtype != torch.float32 and self.head_dim in (16, 32, 64, 128)
+        )
         if self.dtype == torch.bfloat16 and self.capability < (8, 0):
             return "this GPU has no bfloat16"
         return None
@@ -336,13 +349,16 @@ class Engine:
     def position_embeddings(self, positions: Sequence[torch.Tensor], side: int) -> torch.Tensor:
         if self.config.is_native:
             # The model was trained with the column first.
-            return F.embedding(positions[0].flip(1), self.tables[side]).flatten(1)
+            sides = positions[0].flip(1)
+            if not side:
+                return sincos(sides, self.config.hidden_size // 4).to(self.dtype).flatten(1)
+            return F.embedding(sides, self.tables[side]).flatten(1)
         indices, weights = positions
         table = self.weights.embeddings.position_embedding.weight.float()
         return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum").to(self.dtype)
 
     def attention(
-        self, cu_seqlens: torch.Tensor, longest: int, length: int | None, lengths: Sequence[int] = ()
+        self, cu_seqlens: torch.Tensor, patches: int, longest: int, length: int | None, lengths: Sequence[int] = ()
     ) -> Attention:
         """
         The fastest kernel of PyTorch's own for these segments, all of `length` patches where that is given; by the
@@ -371,6 +387,10 @@ class Engine:
 
             return dense
 
+        if self.has_own_attention:
+            bounds = segment_bounds(cu_seqlens, patches)
+            return lambda module, *states: segment_attention(*states, bounds)
+
         if len(lengths) > MAX_SEGMENTS:
             return self.attention_in_parts(cu_seqlens, lengths)
 
@@ -398,7 +418,7 @@ class Engine:
             own = lengths[first : first + MAX_SEGMENTS]
             rows = slice(start, start + sum(own))
             cu = cu_seqlens[first : first + len(own) + 1] - start
-            parts.append((rows, self.attention(cu, max(own), None, own)))
+            parts.append((rows, self.attention(cu, sum(own), max(own), None, own)))
             start = rows.stop
 
         def in_parts(module, *states):
@@ -438,38 +458,40 @@ class Engine:
             add_rms_norm(residual, None, next_norm.weight, next_norm.eps, out=normed)
         return normed
 
-    def prefers_dense(self, layout: Any, patches: int) -> bool:
+    def prefers_dense(self, patches: int, segments: int, length: int) -> bool:
         """Whether all segments are of one length, and come so often that cuDNN's plan for them pays."""
-        segments, length = len(layout.lengths), layout.max_seqlen
         if segments * length != patches or segments > MAX_SEGMENTS:
             return False
         if self.dtype == torch.float32 or self.capability < (9, 0) or self.head_dim > 128:
             return False
         if self.config._attn_implementation != "sdpa" or not torch.backends.cuda.cudnn_sdp_enabled():
             return False
-        exact = ("exact", segments, length)
+        exact = (segments, length)
         self.seen[exact] += 1
         if self.seen[exact] < DENSE_AFTER or self.dense_works is False:
             return False
         if self.dense_works is None:
             row = torch.ones(64, self.config.num_attention_heads, self.head_dim, dtype=self.dtype, device=self.device)
             try:
-                self.attention(row, 64, length=64)(None, row, row, row)
+                self.attention(row, 64, 64, length=64)(None, row, row, row)
                 self.dense_works = True
             except RuntimeError:
                 self.dense_works = False
         return self.dense_works
 
-    def graph_for(self, budget: Budget) -> Graph | None:
+    def graph_for(self, budget: Budget, at_once: bool = False) -> Graph | None:
         """The graph of this budget, not captured yet if it is new; `None` where the forward runs without."""
         settings = self.settings
-        if budget.patches > settings.max_graph_patches or budget.segments > MAX_SEGMENTS or self.capture_failure:
+        if budget.patches > settings.max_graph_patches or self.capture_failure is not None:
+            return None
+        if budget.side == 0 and self.config.is_native:
+            # Positions of unknown size, which a table of fixed size would not hold.
             return None
         key = (budget, self.config._attn_implementation, torch.backends.cuda.matmul.fp32_precision)
         graph = self.graphs.get(key)
         if graph is None:
             self.seen[key] += 1
-            if self.seen[key] < 2 and budget.length is None:
+            if self.seen[key] < 2 and budget.length is None and not at_once:
                 return None
             if len(self.graphs) >= settings.max_graphs:
                 oldest = next(iter(self.graphs.values()), None)
@@ -484,8 +506,11 @@ class Engine:
 
     def capture(self, graph: Graph) -> None:
         budget = graph.budget
-        attend = self.attention(graph.cu_seqlens, budget.longest, budget.length)
-        run = partial(self.forward, graph.buffers, graph.positions, self.side(budget.longest), attend)
+
+        def run() -> torch.Tensor:
+            attend = self.attention(graph.cu_seqlens, budget.patches, budget.longest, budget.length)
+            return self.forward(graph.buffers, graph.positions, budget.side, attend)
+
         try:
             run()
             graph.capture(run, self.capture_stream, self.pool)
@@ -495,16 +520,25 @@ class Engine:
             self.graphs.clear()
             logger.warning("No CUDA graph could be captured, this model runs without: %s", error)
 
-    def side(self, longest: int) -> int:
-        """Side of the table of positions for segments up to `longest`: no side of a grid is longer. Made if new."""
-        side = power_of_two(longest, 1024)
-        if self.config.is_native and side not in self.tables:
-            self.tables[side] = sincos_table(side, self.config.hidden_size // 4, self.device).to(self.dtype)
+    def position_table(self, side: int) -> None:
+        if side and side not in self.tables:
+            positions = torch.arange(side, device=self.device)
+            self.tables[side] = sincos(positions, self.config.hidden_size // 4).to(self.dtype)
             self.ready.record()
-        return side
+
+    def budget_of(self, patches: int, segments: int, longest: int, side: int) -> Budget:
+        """The smallest budget for any mix that this one fits."""
+        size = padded_size(patches)
+        if self.has_own_attention and self.config._attn_implementation == "sdpa":
+            return Budget(size, size, size, side)
+        return Budget(size, power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256), side)
 
     def encode(self, patches: torch.Tensor, layout: Any) -> torch.Tensor:
         stream = torch.cuda.current_stream(self.device)
+        size, segments = len(patches), len(layout.cu_seqlens) - 1
+        side = 0
+        if layout.num_positions is not None and self.config.is_native:
+            side = power_of_two(layout.num_positions, 128)
         with self.lock:
             self.forwards += 1
             if len(self.seen) > 4096:
@@ -513,16 +547,15 @@ class Engine:
                 stream.wait_event(self.ready)
                 self.last_stream = stream
             with torch.inference_mode(False), torch.no_grad():
-                side = self.side(layout.max_seqlen)
+                self.position_table(side)
                 if self.weights.have_changed():
                     stream.wait_event(self.done)
                     self.weights.refresh()
                     self.ready.record()
-                length = layout.max_seqlen if self.prefers_dense(layout, len(patches)) else None
-                if length is None:
-                    budget = budget_of(len(patches), len(layout.lengths), layout.max_seqlen)
+                if self.prefers_dense(size, segments, layout.max_seqlen):
+                    budget = Budget(size, segments, layout.max_seqlen, side, length=layout.max_seqlen)
                 else:
-                    budget = Budget(len(patches), len(layout.lengths), length, length)
+                    budget = self.budget_of(size, segments, layout.max_seqlen, side)
                 graph = self.graph_for(budget)
                 if graph is not None:
                     if stream != self.graph_stream:
@@ -533,18 +566,20 @@ class Engine:
                         self.capture(graph)
             if graph is not None and graph.output is not None:
                 graph.graph.replay()
-                output = graph.output[: len(patches)].clone()
+                output = graph.output[:size].clone()
                 self.done.record()
                 return output
-        buffers = self.new_buffers(len(patches))
+        buffers = self.new_buffers(size)
         buffers.patches[:, : patches.shape[1]].copy_(patches)
-        attend = self.attention(layout.cu_seqlens, layout.max_seqlen, length, layout.lengths)
+        lengths = layout.lengths if segments > MAX_SEGMENTS else ()
+        attend = self.attention(layout.cu_seqlens, size, layout.max_seqlen, budget.length, lengths)
         return self.forward(buffers, position_tensors(layout), side, attend)
 
-    def capture_ahead(self, budget: Budget) -> None:
+    def capture_ahead(self, lengths: Sequence[int]) -> None:
+        budget = self.budget_of(sum(lengths), len(lengths), max(lengths), 128 if self.config.is_native else 0)
         with self.lock:
-            self.seen[(budget, self.config._attn_implementation, torch.backends.cuda.matmul.fp32_precision)] += 1
-            graph = self.graph_for(budget)
+            self.position_table(budget.side)
+            graph = self.graph_for(budget, at_once=True)
             if graph is not None and graph.output is None:
                 torch.cuda.current_stream().wait_event(self.done)
                 self.capture(graph)
@@ -617,7 +652,7 @@ def capture(model: nn.Module, lengths: Sequence[int]) -> None:
     if engine.reason is not None:
         raise ValueError(f"No CUDA graph can be captured: {engine.reason}.")
     with torch.cuda.device(engine.device), torch.inference_mode(False), torch.no_grad():
-        engine.capture_ahead(budget_of(sum(lengths), len(lengths), max(lengths)))
+        engine.capture_ahead(lengths)
 
 
 def refresh(model: nn.Module) -> None:
