@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import Aimv2VisionConfig
+from transformers import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from transformers.activations import ACT2FN
 
 
@@ -121,4 +121,49 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
             )
 
 
-__all__ = ["Aimv2PackingConfig"]
+@strict
+class Aimv2PackingImageTextConfig(Aimv2Config):
+    r"""
+    Configuration of [`Aimv2PackingImageTextModel`]: the fields of [`~transformers.Aimv2Config`], with the same meaning
+    and default. The configuration of an `Aimv2Model` checkpoint is a valid one.
+
+    Args:
+        vision_config ([`Aimv2PackingConfig`] or `dict`, *optional*):
+            Of the vision tower, which must have a head.
+        text_config ([`~transformers.Aimv2TextConfig`] or `dict`, *optional*):
+            Of the text encoder.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: a field has the wrong type, or a value that no model can have.
+        ValueError: the same of a field of the vision tower.
+    """
+
+    model_type = "aimv2_packing_image_text"
+
+    def __post_init__(self, **kwargs: Any):
+        vision: Any = self.vision_config or {}  # type: ignore[has-type]
+        if type(vision) is Aimv2VisionConfig:
+            vision = vision.to_dict()
+        if isinstance(vision, dict):
+            vision = Aimv2PackingConfig(**{name: value for name, value in vision.items() if name != "model_type"})
+        self.vision_config = vision
+        super().__post_init__(**kwargs)
+
+    def validate_parts(self):
+        """Refuses parts that do not make an image-text model; called by `@strict`."""
+        for name, kind in (("vision_config", Aimv2PackingConfig), ("text_config", Aimv2TextConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"`{name}` must be a dict or {kind.__name__}, got {type(getattr(self, name)).__name__}."
+                )
+        if not self.vision_config.use_head:
+            raise ValueError(
+                "`vision_config.use_head` must be true: the projection reads what the head gives, got false."
+            )
+        if self.projection_dim < 1:
+            raise ValueError(f"`projection_dim` must be a positive int, got {self.projection_dim}.")
+        if not 0 < self.max_logit_scale < math.inf:
+            raise ValueError(f"`max_logit_scale` must be positive and finite, got {self.max_logit_scale}.")
+
+
+__all__ = ["Aimv2PackingConfig", "Aimv2PackingImageTextConfig"]

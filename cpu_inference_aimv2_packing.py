@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .layout_aimv2_packing import PackedLayout, equal_length_runs
+
 
 # Few enough that a layer's activations stay in the cache, enough that its matrix products run at full speed.
 PATCHES_PER_BLOCK = 2048
@@ -23,16 +25,13 @@ PATCHES_PER_BLOCK = 2048
 # Scores that `attention_in_parts` holds at a time: 4 MiB in half precision. Fewer would pack keys more often.
 SCORES_PER_PART = 1 << 21
 
-# Segments of equal length that share a call: enough patches to fill the cores, few enough to bound the scores.
-MAX_PATCHES_PER_CALL = 4096
-
 # Up to this many patches a segment's scores, written out, beat PyTorch's CPU flash attention in float32 too.
 SHORT_LENGTH = 96
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> str | None:
     """Why this engine cannot run a forward that no hook, wrapper or gradient speaks against, or `None`."""
     if hidden_states.device.type != "cpu":
         return f"the model is on {hidden_states.device}"
@@ -41,7 +40,7 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> str |
     return None
 
 
-def encode(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> torch.Tensor:
+def encode(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """Patches `(total_patches, patch_dim)` to features after the final norm `(total_patches, hidden_size)`."""
     features = None
     for block in plan_blocks(layout.lengths):
@@ -101,7 +100,7 @@ def plan_blocks(lengths: Sequence[int]) -> list[Block]:
             rows = torch.cat([torch.arange(starts[index], starts[index + 1], device="cpu") for index in group])
         own = [lengths[index] for index in group]
         padding = recurring_size(sum(own)) - sum(own)
-        blocks.append(Block(rows, padding, runs_of(own + [padding] * (padding > 0))))
+        blocks.append(Block(rows, padding, equal_length_runs(own + [padding] * (padding > 0))))
     return blocks
 
 
@@ -114,15 +113,7 @@ def recurring_size(patches: int) -> int:
     return -(-patches // step) * step
 
 
-def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    runs = []
-    for length, group in groupby(lengths):
-        segments, per_call = len(list(group)), max(1, MAX_PATCHES_PER_CALL // length)
-        runs += [(min(per_call, segments - first), length) for first in range(0, segments, per_call)]
-    return tuple(runs)
-
-
-def positions_of(block: Block, layout: Any) -> Any:
+def positions_of(block: Block, layout: PackedLayout) -> PackedLayout:
     """The layout with the positions of one block's patches, its padding at any position."""
     own = {
         name: F.pad(value[block.rows], (0, 0, 0, block.padding))

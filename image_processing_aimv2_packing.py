@@ -2,19 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image processor of the packed AIMv2 encoder: images of any sizes in, `hidden_states` and `grid_thw` out."""
 
+import base64
 import math
 import os
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import torch
+from huggingface_hub.utils import httpx
 from torch.utils.data import default_collate
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorKwargs,
     Qwen2VLImageProcessorPil,
@@ -23,8 +28,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.utils import is_torchvision_available
 
 from .batching_aimv2_packing import PatchBudgetBatchSampler, unpack_features
-from .image_loading_aimv2_packing import checked_array, open_image, upright_image
 
+
+# A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives
+# to another program (EPS, to Ghostscript) or to the system (WMF), formats without a signature, for which any bytes may
+# pass (TGA), and rare ones. JPEG includes MPO; HEIF needs the plugin pillow-heif.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 
 # Of smart_resize; beyond it the shortest edge's enlargement would also exhaust the memory.
 MAX_ASPECT_RATIO = 200
@@ -40,7 +49,8 @@ class Aimv2PackingImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False)
         [`~transformers.CLIPImageProcessor`] does. `None` is the native mode: the aspect ratio is kept and the sides
         are rounded to multiples of `patch_size`.
     min_patches (`int`, *optional*, defaults to 112):
-        Native mode only: an image of fewer patches is enlarged to about this many.
+        Native mode only: an image of fewer patches is enlarged to about this many. A smaller `max_patches` that is
+        given alone lowers it.
     max_patches (`int`, *optional*, defaults to 4096):
         Native mode only: an image of more patches is reduced to at most this many. Per frame for a video.
     patch_layout (`str`, *optional*, defaults to `"channels_first"`):
@@ -52,6 +62,128 @@ class Aimv2PackingImageProcessorKwargs(Qwen2VLImageProcessorKwargs, total=False)
     min_patches: int
     max_patches: int
     patch_layout: str
+
+
+def image_formats() -> list[str]:
+    """Those of `IMAGE_FORMATS` that this PIL and its plugins read: the argument `formats` of `PIL.Image.open`."""
+    PIL.Image.init()
+    return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
+
+
+def open_image(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
+    """
+    The decoded image of a path, a URL, base64 or an open file, in its own mode: transformers' `load_image` converts it,
+    and would lose transparency and 16-bit values.
+
+    Raises:
+        FileNotFoundError: `source` is a path of no file, and neither a URL nor base64.
+        ValueError: a data URI is not in base64.
+        OSError: it holds no image of `IMAGE_FORMATS`, or a broken one.
+        `httpx.HTTPError`: the URL cannot be read.
+    """
+    described = repr(source)
+    if len(described) > 200:
+        described = described[:200] + "..."
+    file: Any = source
+    is_guess = False
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        file = BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
+    elif isinstance(source, str) and not os.path.exists(source):
+        # A wrong path of letters and slashes alone is base64 too.
+        is_guess = not source.startswith("data:")
+        try:
+            file = BytesIO(base64.b64decode(source.rsplit(",", maxsplit=1)[-1], validate=True))
+        except ValueError as error:
+            if is_guess:
+                raise FileNotFoundError(f"No such image file: {described}, and it is no URL or base64.") from error
+            raise ValueError(f"A data URI of an image must be base64, got {described}.") from error
+    try:
+        with PIL.Image.open(file, formats=image_formats()) as image:
+            # Before the file is closed; thousands of lazy images would exhaust the file handles.
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        if is_guess:
+            raise FileNotFoundError(f"No such image file: {described}, and as base64 it holds no image.") from error
+        raise OSError(f"{described} holds no image of the formats {', '.join(image_formats())}.") from error
+    except Exception as error:
+        # Decoders raise anything on a broken file: SyntaxError, struct.error, EOFError, ...
+        raise OSError(f"Cannot read an image from {described}: {error}") from error
+
+
+def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    The image turned as its EXIF orientation says, with at most 8 bits per channel.
+
+    Raises:
+        ValueError: the mode has no defined range (`"I"`, `"F"`).
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"An image of mode {image.mode!r} has no defined range of values: convert it to 'L', 'RGB' or 'I;16', or "
+            "give an array."
+        )
+    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # PIL's own conversion cuts every value above 255 off.
+        values = np.asarray(image).astype(np.uint32)
+        image = PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image
+
+
+def checked_array(
+    image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None, do_rescale: bool
+) -> torch.Tensor:
+    """
+    The array as `(channels, height, width)`: uint8, or floating-point as it was.
+
+    Raises:
+        ValueError: not `(height, width)`, `(channels, height, width)` or `(height, width, channels)`; values that are
+            not finite, or not in the range of their dtype (0 to 65535 for uint16, else 0 to 255).
+    """
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    if image.ndim != 3 or image.numel() == 0:
+        raise ValueError(
+            "An image must be an array of shape (height, width), (channels, height, width) or (height, width, "
+            f"channels), none of them 0, got shape {tuple(image.shape)}."
+        )
+    if input_data_format is None:
+        channels = (1, 3, 4)
+        if image.shape[0] in channels and image.shape[2] in channels:
+            raise ValueError(
+                f"The shape {tuple(image.shape)} of an image does not tell which dimension holds the channels: give "
+                "`input_data_format`, 'channels_first' or 'channels_last'."
+            )
+        input_data_format = infer_channel_dimension_format(image, num_channels=channels)
+    if input_data_format == ChannelDimension.LAST:
+        image = image.permute(2, 0, 1)
+
+    if image.is_floating_point():
+        low, high = (bound.item() for bound in image.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("An image must hold finite values, got NaN or infinity.")
+        if do_rescale and low >= 0 and 0 < high <= 1:
+            raise ValueError(
+                f"An image holds floats from {low:.4g} to {high:.4g}, which `do_rescale` would divide by "
+                "255 once more: give `do_rescale=False`."
+            )
+        return image
+    if image.dtype == torch.uint8:
+        return image
+    if image.dtype == torch.bool or image.is_complex():
+        raise ValueError(f"An image must hold integers or floats, got {image.dtype}.")
+    sixteen_bit = image.dtype == torch.uint16
+    image = image.to(torch.int64)
+    low, high = (int(bound) for bound in image.aminmax())
+    if sixteen_bit:
+        image = (image + 128) // 257
+    elif low < 0 or high > 255:
+        raise ValueError(f"An image of integers must hold 0 to 255 (uint16: 0 to 65535), got {low} to {high}.")
+    return image.to(torch.uint8)
 
 
 def native_grid(height: int, width: int, patch_size: int, min_patches: int, max_patches: int) -> tuple[int, int]:
@@ -70,6 +202,14 @@ def native_grid(height: int, width: int, patch_size: int, min_patches: int, max_
         short = min(rows, columns, math.isqrt(max_patches))
         rows, columns = (short, max_patches // short) if rows <= columns else (max_patches // short, short)
     return rows, columns
+
+
+def lower_minimum(given: Mapping[str, Any], min_patches: int) -> dict[str, Any]:
+    """The arguments `given`, where a `max_patches` without `min_patches` lowers the `min_patches` that would hold."""
+    maximum = given.get("max_patches")
+    if type(maximum) is int and maximum < min_patches and given.get("min_patches") is None:
+        return {**given, "min_patches": maximum}
+    return dict(given)
 
 
 def is_video(value: Any) -> bool:
@@ -94,7 +234,15 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
 
     def __init__(self, **kwargs):
         # Past Qwen2-VL's own, which fills in a `size`.
-        self.backend_class.__init__(self, **kwargs)
+        self.backend_class.__init__(self, **lower_minimum(kwargs, self.min_patches))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        saved = image_processor_dict.get("min_patches", cls.min_patches)
+        return super().from_dict(image_processor_dict, **lower_minimum(kwargs, saved))
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        return super().preprocess(images, *args, **lower_minimum(kwargs, self.min_patches))
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
         if unused := sorted(name for name in UNUSED_KWARGS if kwargs.get(name) is not None):
@@ -105,7 +253,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
         for name in ("temporal_patch_size", "merge_size"):
             if kwargs[name] != 1:
                 raise ValueError(f"`{name}` must be 1 for AIMv2, got {kwargs[name]!r}.")
-        for name in ("patch_size", "min_patches", "max_patches"):
+        for name in ("patch_size", "max_patches", "min_patches"):
             if type(kwargs[name]) is not int or kwargs[name] < 1:
                 raise ValueError(f"`{name}` must be a positive int, got {kwargs[name]!r}.")
         if kwargs["min_patches"] > kwargs["max_patches"]:
@@ -131,7 +279,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
     def fetch_images(self, image_url_or_urls):
         """Reads paths, URLs and base64 strings; passes images on, with a channel dimension where they have none."""
         if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return open_image(os.fspath(image_url_or_urls))
+            return open_image(image_url_or_urls)
         images = super().fetch_images(image_url_or_urls)
         return images[None] if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2 else images
 
@@ -213,7 +361,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
         Args:
             videos: One video or a list of them. A video is a list of frames, each whatever this processor takes for an
                 image, or an array of shape `(t, channels, height, width)` or `(t, height, width, channels)`, such as
-                [`~transformers.video_utils.load_video`] decodes from a file.
+                [`~transformers.video_utils.load_video`] decodes from a file (`pip install av`).
             return_tensors (`str`, *optional*): As for images.
             kwargs: As for images; `max_patches` holds for a frame.
 
@@ -224,6 +372,11 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
         Raises:
             ValueError: a video has no frames, or frames of different sizes; or as for images.
         """
+        if isinstance(videos, (str, os.PathLike)):
+            raise ValueError(
+                f"`videos` must be decoded frames, got {os.fspath(videos)!r}. To decode a file: `pip install av`, then "
+                "`frames, _ = transformers.video_utils.load_video(path, num_frames=16, backend='pyav')`."
+            )
         if isinstance(videos, (np.ndarray, torch.Tensor)):
             videos = videos if videos.ndim == 5 else [videos]
         elif not any(is_video(video) for video in videos):
@@ -295,6 +448,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
         num_patches = [self.get_number_of_image_patches(*size, images_kwargs) for size in image_sizes]
         return PatchBudgetBatchSampler(num_patches, max_patches_per_batch, **kwargs)
 
+    open_image = staticmethod(open_image)
     unpack_features = staticmethod(unpack_features)
 
     @property
@@ -317,7 +471,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
             ValueError: one side is more than 200 times the other.
         """
         fields = ("image_size", "patch_size", "min_patches", "max_patches")
-        given = {name: getattr(self, name) for name in fields} | (images_kwargs or {})
+        given = {name: getattr(self, name) for name in fields} | lower_minimum(images_kwargs or {}, self.min_patches)
         if given["image_size"] is not None:
             return (given["image_size"] // given["patch_size"]) ** 2
         return math.prod(native_grid(height, width, *(given[name] for name in fields[1:])))

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import modeling_layers
@@ -24,6 +25,7 @@ from transformers.utils import logging
 
 from .cpu_inference_aimv2_packing import encode as encode_on_cpu
 from .cpu_inference_aimv2_packing import refusal as cpu_refusal
+from .layout_aimv2_packing import PackedLayout
 
 
 logger = logging.get_logger(__name__)
@@ -40,8 +42,8 @@ class Engine(NamedTuple):
     """
 
     name: str
-    refusal: Callable[[nn.Module, torch.Tensor, Any], str | None]
-    encode: Callable[[nn.Module, torch.Tensor, Any], torch.Tensor]
+    refusal: Callable[[nn.Module, torch.Tensor, PackedLayout], str | None]
+    encode: Callable[[nn.Module, torch.Tensor, PackedLayout], torch.Tensor]
 
 
 ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu),)
@@ -128,10 +130,11 @@ def is_idle_alignment(module: nn.Module) -> bool:
         return False
     if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
         return False
-    if hook.offload or hook.no_grad or hook.execution_device is None:
-        return not hook.offload and not hook.no_grad
-    device = torch.device("cuda", hook.execution_device) if isinstance(hook.execution_device, int) else None
-    device = device or torch.device(hook.execution_device)
+    if hook.offload or hook.no_grad:
+        return False
+    if hook.execution_device is None:
+        return True
+    device = torch.device(hook.execution_device)
     return all(
         weight.device.type == device.type and device.index in (None, weight.device.index)
         for weight in module.parameters()
@@ -143,10 +146,13 @@ def is_idle_capture(hook: Callable) -> bool:
     return getattr(hook, "__module__", None) == CAPTURE_MODULE
 
 
+# What people replace to see or change products and attention.
+FUNCTIONS = ("linear", "scaled_dot_product_attention")
+
 SEEN: WeakKeyDictionary[nn.Module, Modules] = WeakKeyDictionary()
 
 
-def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> Engine | None:
+def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> Engine | None:
     """
     The engine that runs this forward, or `None` where the plain model has to. Which it was, and why, is then in
     `model.path` and in the debug log.
@@ -174,7 +180,7 @@ def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: Any, ca
     return None
 
 
-def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Any, captures: bool) -> str | None:
+def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> str | None:
     """Why no engine may run this forward, or `None`."""
     if not model.use_engines:
         return "`use_engines` is false"
@@ -233,6 +239,8 @@ def watching_mode(hidden_states: torch.Tensor) -> str | None:
             return "there is a global forward hook"
         if torch.is_autocast_enabled(device):
             return "autocast is on"
+        if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in FUNCTIONS):
+            return "a function of torch.nn.functional has been replaced"
     except AttributeError as error:
         return f"this torch lacks a name ({error})"
     if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:

@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 GEOMETRIES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
 
 
-def make_source(folder: Path, geometry: str, layout: str) -> Path:
+def make_source(folder: Path, geometry: str, checkpoint_format: str) -> Path:
     """A float32 checkpoint of the geometry at 448 pixels, written block by block, of values near zero."""
     hidden_size, intermediate_size, heads = GEOMETRIES[geometry]
     config = Aimv2VisionConfig(
@@ -37,7 +37,7 @@ def make_source(folder: Path, geometry: str, layout: str) -> Path:
     )
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in Aimv2VisionModel(config).state_dict().items()}
-    if layout == "apple":
+    if checkpoint_format == "apple":
         shapes = apple_shapes(shapes)
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -56,7 +56,7 @@ def make_source(folder: Path, geometry: str, layout: str) -> Path:
 
 
 def apple_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The same in Apple's layout, where query, key and value have to be split."""
+    """The same in Apple's checkpoint format, where query, key and value have to be split."""
     renamed = {}
     for name, shape in shapes.items():
         part = name.split(".")
@@ -104,14 +104,15 @@ def timed(command: list[str]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="large")
-    parser.add_argument("--layout", choices=("apple", "transformers"), default="apple")
+    parser.add_argument("--checkpoint-format", choices=("apple", "transformers"), default="apple")
     parser.add_argument("--max-shard-size", nargs="+", default=["1GB", "5GB", "50GB"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        weights = make_source(Path(scratch), options.geometry, options.layout)
-        print(f"{options.geometry} geometry, {options.layout} layout, float32: {weights.stat().st_size / 1e9:.2f} GB")
+        weights = make_source(Path(scratch), options.geometry, options.checkpoint_format)
+        size = f"{weights.stat().st_size / 1e9:.2f} GB"
+        print(f"{options.geometry} geometry, checkpoint format {options.checkpoint_format}, float32: {size}")
         copy, output = Path(scratch, "copy"), Path(scratch, "output")
         converter = [sys.executable, str(REPO / "convert_weights.py"), str(weights), str(output)]
         commands = {

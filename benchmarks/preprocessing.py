@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Throughput of the image processor beside the transformers processor that it builds on, in one process, and how full the
 batch sampler's batches are. Times are CPU seconds of one thread, which other programs disturb least. Prints ratios:

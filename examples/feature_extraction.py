@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Features of images of any sizes in one packed forward: a map per image, and its mean.
 
@@ -7,7 +9,7 @@ Features of images of any sizes in one packed forward: a map per image, and its 
 import argparse
 
 import torch
-from loading import PHOTOGRAPHS, load
+from loading import PHOTOGRAPHS, load, run
 
 
 def main() -> None:
@@ -21,12 +23,13 @@ def main() -> None:
     with torch.no_grad():
         # grid_thw stays on the CPU, where the model reads it.
         outputs = model(inputs["hidden_states"].to(model.device), inputs["grid_thw"])
-    for path, features in zip(
-        arguments.images, processor.unpack_features(outputs.last_hidden_state, inputs["grid_thw"]), strict=True
-    ):
+    maps = processor.unpack_features(outputs.last_hidden_state, inputs["grid_thw"])
+    for path, features in zip(arguments.images, maps, strict=True):
         mean = features.mean(dim=(0, 1, 2))
         print(f"{path}: map {tuple(features.shape)}, mean {tuple(mean.shape)} of norm {mean.norm():.3f}")
+    if outputs.pooler_output is not None:
+        print(f"the head's output: {tuple(outputs.pooler_output.shape)}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

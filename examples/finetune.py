@@ -5,46 +5,55 @@ Fine-tunes the encoder to classify images of mixed sizes, with transformers' Tra
 patches:
 
     python examples/finetune.py --output runs/digits
+    python examples/finetune.py --output runs/pets --images pets --checkpoint CHECKPOINT    # pets/cat/*, pets/dog/*
     torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits             # a copy of the model per process
     torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp      # the model divided (FSDP2)
 
-Run it again and it goes on from the last checkpoint; with `--fsdp` the checkpoints hold the model alone, which is all
-that Trainer saves of a model that was divided when it was loaded. The images are the handwritten digits of
-scikit-learn, enlarged to many sizes and aspect ratios; `--model` takes a model repo to begin with instead
-of a small model with random weights.
+Run it again and it goes on from the last checkpoint, or says that it has finished; with `--fsdp` the checkpoints hold
+the model alone, which is all that Trainer saves of a model that was divided when it was loaded. The output is a model
+repo: `AutoModel.from_pretrained(OUTPUT, trust_remote_code=True)` gives the encoder, and
+`Aimv2PackingForImageClassification.from_pretrained(OUTPUT)`, of this file, the classifier too.
+
+`--images` takes a folder with a subfolder per class; of each class every fifth image tests. Without it, the images are
+the handwritten digits of scikit-learn, enlarged to many sizes and aspect ratios.
 """
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from folder_features import image_files
+from loading import REPO, check_converted, run
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import get_last_checkpoint
 
 
-REPO = str(Path(__file__).resolve().parent.parent)
 Aimv2PackingModel = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", REPO)
 Aimv2PackingConfig = Aimv2PackingModel.config_class
-Aimv2PackingImageProcessor = get_class_from_dynamic_module(
-    "image_processing_aimv2_packing.Aimv2PackingImageProcessor", REPO
-)
 PatchBudgetBatchSampler = get_class_from_dynamic_module("batching_aimv2_packing.PatchBudgetBatchSampler", REPO)
 
-NUM_CLASSES = 10
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "is_native": True,
+    "use_head": False,
+}
 
 
 class Aimv2PackingForImageClassification(PreTrainedModel):
-    """The encoder, the mean of each image's patches, and a linear classifier."""
+    """The encoder, its head's output or the mean of each image's patches, and a linear classifier."""
 
     config_class = Aimv2PackingConfig
     base_model_prefix = "aimv2_packing"
@@ -60,44 +69,94 @@ class Aimv2PackingForImageClassification(PreTrainedModel):
         self.post_init()
 
     def forward(self, hidden_states, grid_thw, labels=None):
-        features = self.aimv2_packing(hidden_states, grid_thw).last_hidden_state
-        pooled = torch.segment_reduce(features.float(), "mean", lengths=grid_thw.prod(1))
+        outputs = self.aimv2_packing(hidden_states, grid_thw)
+        pooled = outputs.pooler_output
+        if pooled is None:
+            pooled = torch.segment_reduce(outputs.last_hidden_state.float(), "mean", lengths=grid_thw.prod(1))
         logits = self.classifier(pooled.to(self.classifier.weight.dtype))
         return ImageClassifierOutput(
             loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits
         )
 
 
-class Digits(Dataset):
+class Images(Dataset):
+    """Images and their classes; `num_patches` are known from the sizes, before any image is processed."""
+
+    classes: list[str]
+    labels: list[int]
+    sizes: list[tuple[int, int]]
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def num_patches(self) -> list[int]:
+        return [self.processor.get_number_of_image_patches(*size) for size in self.sizes]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, item: int) -> Image.Image:
+        raise NotImplementedError
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        inputs = self.processor(self.image(item), return_tensors="pt")
+        return {**inputs, "labels": torch.tensor([self.labels[item]])}
+
+
+class Digits(Images):
     """
-    The digits whose number modulo 5 is in `remainders`: four fifths to train on, one to test with. Each is there
-    `copies` times, every time at another size, aspect ratio and angle.
+    Four fifths of scikit-learn's digits to train on, or the last to test with. To train, each is there four times,
+    every time at another size, aspect ratio and angle.
     """
 
-    def __init__(self, processor, remainders: set[int], copies: int):
-        self.processor = processor
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, processor, train: bool):
+        super().__init__(processor)
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError(
+                "The digits come from scikit-learn: pip install scikit-learn. Or give --images FOLDER, of your own."
+            ) from error
         images, labels = load_digits(return_X_y=True)
         generator = np.random.default_rng(0)
+        copies = 4 if train else 1
         self.images, self.labels, self.sizes, self.angles = [], [], [], []
         for index in range(len(images)):
-            if index % 5 in remainders:
+            if (index % 5 != 4) == train:
                 digit = Image.fromarray((images[index].reshape(8, 8) * (255 / 16)).astype(np.uint8))
                 self.images += [digit] * copies
                 self.labels += [int(labels[index])] * copies
                 self.sizes += generator.integers(42, 85, (copies, 2)).tolist()
                 self.angles += generator.uniform(-15, 15, copies).tolist()
 
-    def num_patches(self) -> list[int]:
-        """Known from the sizes, before any image is read."""
-        return [self.processor.get_number_of_image_patches(*size) for size in self.sizes]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+    def image(self, item: int) -> Image.Image:
         height, width = self.sizes[item]
-        image = self.images[item].resize((width, height), Image.Resampling.BICUBIC).rotate(self.angles[item])
-        return {**self.processor(image, return_tensors="pt"), "labels": torch.tensor([self.labels[item]])}
+        return self.images[item].resize((width, height), Image.Resampling.BICUBIC).rotate(self.angles[item])
+
+
+class ClassFolders(Images):
+    """The images of a folder with a subfolder per class: four fifths of each class to train on, or the last."""
+
+    def __init__(self, processor, train: bool, folder: Path):
+        super().__init__(processor)
+        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if len(self.classes) < 2:
+            raise ValueError(f"{folder} must have a subfolder per class, at least two, got {self.classes}.")
+        self.paths, self.labels, self.sizes = [], [], []
+        for label, name in enumerate(self.classes):
+            paths = image_files(folder / name)
+            if len(paths) < 5:
+                raise ValueError(f"{folder / name} must hold at least 5 images, one of them to test, got {len(paths)}.")
+            for path in [path for index, path in enumerate(paths) if (index % 5 != 4) == train]:
+                with Image.open(path) as image:
+                    self.sizes.append((image.height, image.width))
+                self.paths.append(path)
+                self.labels.append(label)
+
+    def image(self, item: int) -> Image.Image:
+        return self.processor.open_image(self.paths[item])
 
 
 def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -112,7 +171,7 @@ class PackedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.patches_per_batch = patches_per_batch
 
-    def packed_loader(self, dataset: Digits, **options) -> DataLoader:
+    def packed_loader(self, dataset: Images, **options) -> DataLoader:
         sampler = PatchBudgetBatchSampler(dataset.num_patches(), self.patches_per_batch, **options)
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
@@ -143,18 +202,51 @@ def accuracy(prediction) -> dict[str, float]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and the trained model")
-    parser.add_argument("--model", help="model repo to begin with; by default a small model with random weights")
+    parser.add_argument("--checkpoint", help="converted checkpoint; without it, a small model with random weights")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of your own: a subfolder per class")
     parser.add_argument("--fsdp", action="store_true", help="divide the model among the processes of torchrun")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--patches-per-batch", type=int, default=512)
+    parser.add_argument("--patches-per-batch", type=int, help="default: 512, or as many as the largest image has")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     return parser.parse_args()
 
 
+def finished(output: Path, steps: int) -> bool:
+    """Whether a run has written its last file, after at least so many steps."""
+    state = output / "trainer_state.json"
+    return state.is_file() and json.loads(state.read_text())["global_step"] >= steps
+
+
+def make_model_repo(output: Path, processor) -> None:
+    """Puts the code, the processor and the way to them beside the weights that Trainer has saved."""
+    for file in Path(REPO).glob("*_aimv2_packing.py"):
+        shutil.copy(file, output)
+    processor.save_pretrained(output)
+    config = json.loads((output / "config.json").read_text())
+    config["auto_map"] = json.loads(Path(REPO, "config.json").read_text())["auto_map"]
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if finished(arguments.output, arguments.steps):
+        print(f"{arguments.output} has finished its {arguments.steps} steps: give more --steps, or another --output")
+        return
+    if arguments.checkpoint:
+        check_converted(arguments.checkpoint)
+        bounds = {}
+    else:
+        # The small model sees small images.
+        bounds = {"min_patches": 9, "max_patches": 256 if arguments.images else 36}
+    processor = AutoProcessor.from_pretrained(arguments.checkpoint or REPO, trust_remote_code=True, **bounds)
+    if arguments.images:
+        train_dataset, test_dataset = (ClassFolders(processor, train, arguments.images) for train in (True, False))
+    else:
+        train_dataset, test_dataset = (Digits(processor, train) for train in (True, False))
+    largest = max(train_dataset.num_patches() + test_dataset.num_patches())
+
     # Before the model: this also joins the processes that torchrun has started.
     training = TrainingArguments(
         output_dir=arguments.output,
@@ -174,33 +266,38 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
     )
     set_seed(training.seed)
-    start = arguments.model
+    labels = {
+        "num_labels": len(train_dataset.classes),
+        "id2label": dict(enumerate(train_dataset.classes)),
+        "label2id": {name: index for index, name in enumerate(train_dataset.classes)},
+    }
+    start = arguments.checkpoint
     if start is None:
         start = arguments.output / "initial"
         with training.main_process_first():
             if not start.exists():
-                Aimv2PackingForImageClassification(Aimv2PackingConfig(**SMALL, num_labels=NUM_CLASSES)).save_pretrained(
-                    start
-                )
+                Aimv2PackingForImageClassification(Aimv2PackingConfig(**SMALL, **labels)).save_pretrained(start)
     distributed = {"distributed_config": DistributedConfig(fsdp_size=training.world_size)} if arguments.fsdp else {}
-    model = Aimv2PackingForImageClassification.from_pretrained(start, num_labels=NUM_CLASSES, **distributed)
+    model = Aimv2PackingForImageClassification.from_pretrained(start, **labels, **distributed)
 
-    processor = Aimv2PackingImageProcessor(min_patches=9, max_patches=36)
     trainer = PackedTrainer(
         model,
         training,
-        train_dataset=Digits(processor, {0, 1, 2, 3}, copies=4),
-        eval_dataset=Digits(processor, {4}, copies=1),
+        train_dataset=train_dataset,
+        eval_dataset=test_dataset,
         compute_metrics=accuracy,
         callbacks=[NewOrderEachEpoch()],
-        patches_per_batch=arguments.patches_per_batch,
+        patches_per_batch=arguments.patches_per_batch or max(512, largest),
     )
     trainer.train(resume_from_checkpoint=None if arguments.fsdp else get_last_checkpoint(arguments.output))
     trainer.save_model(arguments.output)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        print(f"accuracy on {len(trainer.eval_dataset)} images: {metrics['eval_accuracy']:.3f}")
+        make_model_repo(arguments.output, processor)
+        print(f"accuracy on {len(test_dataset)} images: {metrics['eval_accuracy']:.3f}")
+    # Last: this file says that the run has finished.
+    trainer.save_state()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

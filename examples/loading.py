@@ -1,9 +1,15 @@
-"""The image processor and the model of every example here."""
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the examples share: the image processor and the model, and errors in one line."""
 
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from huggingface_hub.utils import httpx
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 
 REPO = str(Path(__file__).resolve().parent.parent)
@@ -11,9 +17,35 @@ PHOTOGRAPHS = Path(REPO) / "examples" / "photographs"
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
+def check_converted(checkpoint: str) -> None:
+    """
+    Reads the configuration alone: of a checkpoint that is not converted no code may run.
+
+    Raises:
+        FileNotFoundError: `checkpoint` is no folder, and cannot be an id on the Hub.
+        ValueError: it is not converted.
+        OSError: it cannot be read.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir() and (
+        path.exists() or path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)
+    ):
+        raise FileNotFoundError(
+            f"No such folder: {checkpoint}, and it is no id on the Hub either. Make it by: python "
+            f"{REPO}/convert_weights.py SOURCE {checkpoint}"
+        )
+    config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    if config.get("model_type") != "aimv2_packing":
+        raise ValueError(
+            f"{checkpoint} is not converted: its model type is {config.get('model_type')!r}, not 'aimv2_packing'. "
+            f"Convert it by: python {REPO}/convert_weights.py {checkpoint} OUTPUT"
+        )
+
+
 def load(checkpoint: str | None):
     """Processor and model of a converted checkpoint; without one, a small model whose random weights say nothing."""
     if checkpoint:
+        check_converted(checkpoint)
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     else:
         torch.manual_seed(0)
@@ -21,3 +53,11 @@ def load(checkpoint: str | None):
         model = AutoModel.from_config(config, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(checkpoint or REPO, trust_remote_code=True)
     return processor, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an example. What its user can put right ends it in one line."""
+    try:
+        main()
+    except (OSError, ValueError, ImportError, httpx.HTTPError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))

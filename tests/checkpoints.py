@@ -1,4 +1,6 @@
-"""Checkpoints in every layout, made from one `Aimv2VisionModel`; the names are written out here once more."""
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in every format, made from one `Aimv2VisionModel`; the names are written out here once more."""
 
 import json
 from functools import reduce

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import (
     ODD_GRIDS,
     REPO,
@@ -114,6 +115,15 @@ def test_a_patched_class_is_called(packed, inputs, monkeypatch):
     assert len(calls) == 7 * packed.config.num_hidden_layers
     monkeypatch.undo()
     assert path_of(packed, inputs) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_dot_product_attention"])
+def test_a_replaced_function_is_called(packed, inputs, monkeypatch, name):
+    calls = []
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    assert path_of(packed, inputs) == "plain: a function of torch.nn.functional has been replaced"
+    assert calls
 
 
 class Doubled(nn.SiLU):

@@ -1,0 +1,115 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a complete model repo."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from configuration_aimv2_packing import Aimv2PackingConfig
+
+from .atomic_folder import atomic_folder, is_empty_folder
+from .checkpoint_formats import Encoder
+from .code_files import CODE_FILES, REPO, code_differences
+from .model_card import write_card
+from .safetensors_files import read_json, safe_path, same_tensors, write_checkpoint
+from .sources import CONVERTED_TYPES, Source, read_source
+from .verification import Report
+
+
+def convert(
+    source: Source,
+    output: Path,
+    model_id: str,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    verifier: Callable[[Path], Report] | None = None,
+) -> None:
+    """
+    Writes a complete model repo: weights, configuration, image processor, code, licence and card.
+
+    Args:
+        source (`Source`): What to convert.
+        output (`Path`): The folder to make. It appears once it is complete.
+        model_id (`str`): What the card's usage example loads.
+        dtype (`torch.dtype`, *optional*): What to cast the weights to; by default they keep theirs.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size of the largest file of weights.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an earlier conversion at `output`.
+        verifier (`Callable`, *optional*): Called with the finished folder before it appears at `output`, to verify
+            it; what it raises prevents that.
+
+    Raises:
+        ValueError: the result does not fit on the disk, or `output` is not to be replaced.
+        FileExistsError: `output` exists and may not be replaced.
+    """
+    encoder = source.encoder
+    check_output(output, source.folder, overwrite)
+    with atomic_folder(output, overwrite) as folder:
+        needed = sum(tensor.nbytes_as(dtype) for tensor in encoder.tensors.values())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            sizes = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
+            raise ValueError(
+                f"{output} needs {sizes[0]}, but only {sizes[1]} are free there: free some space, choose another disk, "
+                "or convert to a smaller --dtype."
+            )
+        for name in write_checkpoint(folder, encoder.tensors, dtype, max_shard_size):
+            print(f"warning: {name} holds NaN or infinite values.", file=sys.stderr)
+        write_configs(folder, encoder, dtype)
+        for path in (*CODE_FILES, REPO / "LICENSE"):
+            shutil.copyfile(path, folder / path.name)
+        for path in source.folder.glob("WEIGHTS_LICENSE*" if is_converted(source.folder) else "LICENSE*"):
+            if not path.is_dir():
+                name = f"WEIGHTS_{path.name.removeprefix('WEIGHTS_')}"
+                shutil.copyfile(safe_path(source.folder, path.name), folder / name)
+        report = verifier(folder) if verifier else None
+        write_card(folder, source, model_id, dtype, report)
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Refuses to write where something else than an earlier conversion would be lost."""
+    output, source = output.resolve(), source.resolve()
+    if source.is_relative_to(output):
+        raise ValueError(f"{output} holds the source: choose another folder for the output.")
+    if overwrite and output.exists() and not (is_converted(output) or is_empty_folder(output)):
+        raise ValueError(f"{output} is no converted model repo: --overwrite does not replace it. Remove it yourself.")
+
+
+def is_converted(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in CONVERTED_TYPES
+
+
+def holds_conversion(output: Path, source: Source, dtype: torch.dtype | None) -> bool:
+    """Whether `output` already is what [`convert`] makes of `source`: weights, configuration and code, by content."""
+    if not is_converted(output) or code_differences(output):
+        return False
+    existing, encoder = read_source(str(output)).encoder, source.encoder
+    derived = {"architectures", "auto_map", "dtype"}
+
+    def fields(config: Aimv2PackingConfig) -> dict[str, Any]:
+        return {name: value for name, value in config.to_dict().items() if name not in derived}
+
+    return fields(existing.config) == fields(encoder.config) and same_tensors(existing.tensors, encoder.tensors, dtype)
+
+
+def write_configs(folder: Path, encoder: Encoder, dtype: torch.dtype | None) -> None:
+    """`config.json` and `preprocessor_config.json`: those of this repo, with the encoder's fields."""
+    config = encoder.config
+    config.architectures = ["Aimv2PackingModel"]
+    config.auto_map = read_json(REPO / "config.json")["auto_map"]
+    config.dtype = dtype or encoder.main_dtype
+    config.save_pretrained(folder)
+    processor = read_json(REPO / "preprocessor_config.json") | {
+        "patch_size": config.patch_size,
+        "patch_layout": config.patch_layout,
+        "image_size": None if config.is_native else config.image_size,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,181 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Finds checkpoints, on disk or on the Hub."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx, validate_repo_id
+
+from .checkpoint_formats import Encoder, find_encoder
+from .code_files import CODE_FILES
+from .safetensors_files import choose_weights, find_weights, read_checkpoint, read_json, read_weight_map, safe_path
+
+
+# `model_type` of what this repo's models load.
+CONVERTED_TYPES = ("aimv2_packing",)
+
+
+@dataclass
+class Source:
+    """
+    An original checkpoint.
+
+    Attributes:
+        name (`str`): Hub id with revision, or file or folder name.
+        repo_id (`str` or `None`): Its Hub id.
+        folder (`Path`): Where its other files are.
+        config (`dict`): Content of its `config.json`, or empty.
+        encoder (`Encoder`): The AIMv2 encoder in it.
+    """
+
+    name: str
+    repo_id: str | None
+    folder: Path
+    config: dict[str, Any]
+    encoder: Encoder
+
+
+def read_source(source: str, revision: str | None = None, prefix: str | None = None) -> Source:
+    """
+    Finds a checkpoint, downloads it if it is on the Hub, and looks for the AIMv2 encoder in it.
+
+    Args:
+        source (`str`): A folder, a `.safetensors` file, an index of such files, or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        prefix (`str`, *optional*): What the names of the encoder's tensors begin with.
+
+    Raises:
+        ValueError: there is no such checkpoint, the Hub cannot give it, or it is damaged, unsafe or no AIMv2 encoder.
+    """
+    path = local_path(source, revision)
+    repo_id, name = None, Path(source).expanduser().resolve().name
+    if path is None:
+        path, commit = download(source, revision)
+        repo_id, name = source, f"{source} at revision {commit}"
+    weights = find_weights(path)
+    folder = path if path.is_dir() else path.parent
+    config = read_json(safe_path(folder, "config.json")) if os.path.lexists(folder / "config.json") else {}
+    return Source(name, repo_id, folder, config, find_encoder(read_checkpoint(weights), config, prefix))
+
+
+def local_path(source: str, revision: str | None = None) -> Path | None:
+    """
+    The existing path that `source` is, or `None` where it is a Hub id, `USER/NAME`. The Hub is not asked.
+
+    Raises:
+        ValueError: it is neither, or `revision` is given for a path.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"--revision is for sources on the Hub, but {source} is a local path.")
+        return path
+    try:
+        validate_repo_id(source)
+        is_id = source.count("/") == 1
+    except HFValidationError:
+        is_id = False
+    if not is_id:
+        raise ValueError(f"{source} does not exist: give a file, a folder, or a Hub id of the form USER/NAME.")
+    return None
+
+
+def require_converted(source: str, revision: str | None = None) -> None:
+    """
+    Makes sure that a command which loads packed models was given one. Only its `config.json` is read.
+
+    Args:
+        source (`str`): A folder or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: there is no such folder or repo, or it is not converted, and how to convert it.
+    """
+    folder = local_path(source, revision)
+    if folder is None:
+        try:
+            with hub_errors(source, revision):
+                config = read_json(Path(hf_hub_download(source, "config.json", revision=revision)))
+        except EntryNotFoundError:
+            config = {}
+    else:
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("model_type") not in CONVERTED_TYPES:
+        raise ValueError(
+            f"{source} is not converted (model_type {config.get('model_type')!r}). If it is an AIMv2 checkpoint, "
+            f"convert it first: python convert_weights.py {source} OUTPUT_DIR"
+        )
+
+
+def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
+    """The folder with the weights, configuration, card and licence of a Hub repo, and its commit."""
+    with hub_errors(repo_id, revision):
+        info = HfApi().model_info(repo_id, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        files = [choose_weights(repo_id, names)]
+        if files[0].endswith(".json"):
+            index = Path(hf_hub_download(repo_id, files[0], revision=info.sha))
+            files += sorted(set(read_weight_map(index).values()))
+        wanted = [*files, "*.json", "README.md", "LICENSE*", "WEIGHTS_LICENSE*"]
+        if CODE_FILES[0].name in names:
+            # A converted repo, whose code is compared and not run.
+            wanted.append("*.py")
+        return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted)), str(info.sha)
+
+
+def download_code(repo_id: str, revision: str | None) -> Path:
+    """The folder with the code and configurations of a Hub repo, without its weights."""
+    with hub_errors(repo_id, revision):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.py"]))
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turns what may happen on the way to the Hub into a ValueError of one line that says what next."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repo_id} is on the Hub for those who accept its terms: accept them at {constants.ENDPOINT}/{repo_id}, "
+            "and log in with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{repo_id} is no local path, and no repo on the Hub that is open to you. Check the name; if it is "
+            "private, log in with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo_id} on the Hub has no branch, tag or commit {revision!r}.") from error
+    except LocalEntryNotFoundError as error:
+        raise unreachable(repo_id, error.__cause__ or error) from error
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise unreachable(repo_id, error) from error
+    except EntryNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        said = error.server_message or str(error)
+        raise ValueError(f"The Hub could not give {repo_id}: {' '.join(said.split())}. Try again later.") from error
+
+
+def unreachable(repo_id: str, error: BaseException) -> ValueError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ValueError(
+        f"{repo_id} is no local path, and the Hub at {constants.ENDPOINT} cannot be reached ({reason}). Check the "
+        "connection, or give the path of a downloaded checkpoint."
+    )

@@ -1,0 +1,110 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows while it works, and what it says at the end."""
+
+import sys
+import time
+from collections import deque
+
+from tqdm import tqdm
+
+from corpus.output import Written, add_errors
+
+
+# Of the rate that is shown, and the names of a list that are printed.
+WINDOW_SECONDS = 60
+FIRST_NAMES = 3
+
+
+class Progress:
+    """A line with the images encoded, the patches per second of the last minute, the errors and the time left."""
+
+    def __init__(self, total: int | None, done: int):
+        # A log file gets a line now and then.
+        interval = 0.5 if sys.stderr.isatty() else 30
+        form = (
+            "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} images{postfix}" if total else "{n_fmt} images{postfix}"
+        )
+        self.bar = tqdm(total=total, initial=done, bar_format=form, mininterval=interval, dynamic_ncols=True)
+        self.begun = time.perf_counter()
+        self.samples: deque[tuple[float, int, int]] = deque()
+        self.first: tuple[float, int] | None = None
+        self.last = self.begun
+        self.images = self.patches = self.errors = 0
+
+    def add(self, images: int, patches: int, errors: int) -> None:
+        now = time.perf_counter()
+        self.images += images
+        self.patches += patches
+        self.errors += errors
+        self.samples.append((now, self.images, self.patches))
+        if self.first is None:
+            self.first = now, self.patches
+        self.last = now
+        while len(self.samples) > 2 and self.samples[1][0] < now - WINDOW_SECONDS:
+            self.samples.popleft()
+        self.bar.set_postfix_str(self.described(), refresh=False)
+        self.bar.update(images)
+
+    def described(self) -> str:
+        (start, images, patches), (stop, more_images, more_patches) = self.samples[0], self.samples[-1]
+        errors = f"{self.errors:,} errors"
+        if stop == start:
+            return errors
+        rate = f"{(more_patches - patches) / (stop - start):,.0f} patches/s"
+        if self.bar.total and more_images > images:
+            left = (self.bar.total - self.bar.n) * (stop - start) / (more_images - images)
+            return f"{rate}, {errors}, {tqdm.format_interval(left)} left"
+        return f"{rate}, {errors}"
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def rate(self) -> str:
+        """Patches per second from the first batch, which ends the start-up, to the last."""
+        if self.first is None or self.last == self.first[0]:
+            return f"{self.last - self.begun:.1f} s, start-up included: too few for a rate."
+        startup, first_patches = self.first
+        rate = (self.patches - first_patches) / (self.last - startup)
+        return (
+            f"{rate:,.0f} patches/s from the first batch to the last, "
+            f"which leaves out {startup - self.begun:.1f} s of start-up."
+        )
+
+
+class Summary:
+    """What became part of the output in this run."""
+
+    def __init__(self) -> None:
+        self.images = self.patches = 0
+        self.errors: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, written: Written) -> None:
+        self.images += written.images
+        self.patches += written.patches
+        add_errors(self.errors, written.errors)
+
+    def lines(self) -> list[str]:
+        if not self.errors:
+            return []
+        count = sum(count for count, _ in self.errors.values())
+        lines = [f"{count:,} could not be read or decoded; --retry-errors tries them again:"]
+        for text, (number, ids) in sorted(self.errors.items(), key=lambda item: -item[1][0]):
+            lines.append(f"  {number:,}  {text}: {some(ids, number)}")
+        return lines
+
+
+def skipped_lines(skipped: list[tuple[str, str]], file: str) -> list[str]:
+    if not skipped:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"{len(skipped):,} files of the input were skipped, all listed in {file}:"]
+    for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {len(names):,}  {reason}: {some(names[:FIRST_NAMES], len(names))}")
+    return lines
+
+
+def some(names: list[str], count: int) -> str:
+    return ", ".join(names) + (", ..." if count > len(names) else "")

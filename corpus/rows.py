@@ -1,0 +1,45 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of an output, and those that go from stage to stage on Ray."""
+
+import re
+
+import pyarrow as pa
+
+
+IMAGE_SCHEMA = pa.schema({"id": pa.string(), "error": pa.string(), "image": pa.large_binary()})
+PATCH_SCHEMA = pa.schema(
+    {"id": pa.string(), "error": pa.string(), "grid_thw": pa.list_(pa.int64()), "patches": pa.large_binary()}
+)
+
+
+def output_schema(embedding_size: int, patch_features: str | None, hidden_size: int) -> pa.Schema:
+    fields = [
+        pa.field("id", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("grid_thw", pa.list_(pa.int64())),
+        pa.field("embedding", pa.list_(pa.float32(), embedding_size)),
+    ]
+    if patch_features:
+        # Arrow has no bfloat16, and lists of half floats are slow to read and write.
+        metadata = {"dtype": patch_features, "shape": f"(t, h, w, {hidden_size})"}
+        fields.append(pa.field("patch_features", pa.large_binary(), metadata=metadata))
+    return pa.schema(fields)
+
+
+def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [[] for _ in schema]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def stable_text(error: BaseException) -> str:
+    """
+    The kind and the message of an error without what differs from image to image, so that a query of the Parquet files
+    groups them: no path, no memory address, N for each number.
+    """
+    message = getattr(error, "strerror", None) or str(error)
+    message = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", message)
+    message = re.sub(r"\d+", "N", " ".join(message.split()))
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()

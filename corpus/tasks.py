@@ -1,0 +1,43 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What Ray's tasks do. Nothing here imports torch, which would take longer than the tasks."""
+
+import os
+from collections.abc import Container, Iterator
+
+import pyarrow as pa
+
+from corpus.job import Job, Part
+from corpus.output import Output, Written, summary_of
+from corpus.readers import read
+from corpus.rows import IMAGE_SCHEMA, table_of
+
+
+# Of images on their way from one stage to the next; Ray joins small blocks and waits when too many lie about.
+BYTES_PER_BLOCK = 32 * 2**20
+FILES_PER_BLOCK = 64
+
+
+def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> Iterator[pa.Table]:
+    """Parts of the input to `IMAGE_SCHEMA`, less the rows that are done."""
+    parts = [Part(**{**row, "path": os.fsdecode(row["path"])}) for row in table.to_pylist()]
+    rows: list[tuple] = []
+    size = 0
+    for image in read(parts, kind, job, done):
+        rows.append(image)
+        size += len(image.data or b"")
+        if size > BYTES_PER_BLOCK or len(rows) == FILES_PER_BLOCK:
+            yield table_of(rows, IMAGE_SCHEMA)
+            rows, size = [], 0
+    yield table_of(rows, IMAGE_SCHEMA)
+
+
+def write(location: str, rows: int, *tables: pa.Table) -> Written:
+    """The task that writes: rows of the output to one file that is not yet part of it."""
+    output = Output(location)
+    table = pa.concat_tables(tables)[:rows]
+    return summary_of(table, output.write(table))
+
+
+def count(rows: int, table: pa.Table) -> Written:
+    return summary_of(table[:rows], "")

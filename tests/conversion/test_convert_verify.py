@@ -1,0 +1,249 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`--verify` passes on equal models, fails on different ones, and says what it could not compare."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from PIL import Image
+from reference import REPO, apple_forward, random_images, reference_model
+
+from conversion import code_files, verification
+from conversion.checkpoint_formats import find_encoder
+from conversion.code_files import CODE_FILES, origin
+from conversion.safetensors_files import read_checkpoint
+from convert_weights import main, parse_arguments, run
+
+
+@pytest.fixture(autouse=True)
+def few_sizes(monkeypatch):
+    monkeypatch.setattr(verification, "RANDOM_SIZES", 2)
+
+
+def save(folder: Path, model: torch.nn.Module) -> Path:
+    return checkpoints.save(folder, checkpoints.apple(model), checkpoints.apple_config(model))
+
+
+def verify(source: Path, *arguments: str) -> dict:
+    report = source.parent / "report.json"
+    report.unlink(missing_ok=True)
+    try:
+        run(parse_arguments([str(source), *arguments, "--verify", "--report", str(report)]))
+    except ValueError as error:
+        assert "differs from" in str(error)
+        assert json.loads(report.read_text())["passed"] is False
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_head": True}, {"patch_size": 8}], ids=["native", "head", "patch size"])
+def test_native(tmp_path, fields, capsys):
+    report = verify(save(tmp_path / "in", reference_model(**fields)), str(tmp_path / "out"))
+    assert report["passed"] and report["identical_weights"] and report["notes"] == []
+    assert len(report["images"]) == 6
+    assert len({(image["height"], image["width"]) for image in report["images"]}) == 6
+    for image in report["images"]:
+        assert 0 < image["max_diff"] < 1e-4 and 0 <= image["mean_diff"] <= image["max_diff"]
+        assert 0.99999 < image["min_cosine"] <= image["mean_cosine"] < 1.00001
+    printed = capsys.readouterr().out
+    assert "| astronaut.jpg | 448 x 448 |" in printed
+    assert "Verdict: passed." in printed
+
+
+def test_learned_positions_are_compared_at_their_size(tmp_path):
+    report = verify(save(tmp_path / "in", reference_model(is_native=False)), str(tmp_path / "out"))
+    assert report["passed"]
+    assert {(image["height"], image["width"]) for image in report["images"]} == {(56, 56)}
+    assert "learned positions for 56 x 56 pixels only" in report["notes"][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(tmp_path, dtype):
+    report = verify(save(tmp_path / "in", reference_model()), str(tmp_path / "out"), "--dtype", dtype)
+    assert report["passed"] and report["dtype"] == dtype
+    in_float32 = verify(tmp_path / "out", "--dtype", "float32")
+    assert in_float32["passed"] and in_float32["dtype"] == "float32"
+
+
+def test_own_images(tmp_path):
+    source = save(tmp_path / "in", reference_model())
+    Image.effect_noise((300, 200), 50).save(tmp_path / "grey.png")
+    Image.radial_gradient("L").convert("RGBA").save(tmp_path / "alpha.png")
+    report = verify(source, str(tmp_path / "out"), "--images", str(tmp_path / "grey.png"), str(tmp_path / "alpha.png"))
+    assert report["passed"] and [image["image"] for image in report["images"]] == ["grey.png", "alpha.png"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.encoder.layers[1].ffn.up_proj.weight.data.mul_(1.01),
+        lambda model: setattr(model.config, "rms_norm_eps", 1e-2),
+        lambda model: setattr(model.config, "num_attention_heads", 4),
+        lambda model: model.head.output_proj.bias.data.add_(0.1),
+        lambda model: model.rms_norm.weight.data[3].fill_(float("nan")),
+    ],
+    ids=["weight", "eps", "heads", "head", "NaN"],
+)
+def test_another_reference_fails(tmp_path, change):
+    model = reference_model(use_head=True)
+    run(parse_arguments([str(save(tmp_path / "in", model)), str(tmp_path / "out")]))
+    assert verify(tmp_path / "out", "--reference", str(tmp_path / "in"))["passed"]
+    change(model)
+    report = verify(tmp_path / "out", "--reference", str(save(tmp_path / "other", model)))
+    assert not report["passed"]
+    assert "NaN" not in (tmp_path / "report.json").read_text(), "JSON has no NaN"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 128},
+        {"num_hidden_layers": 3},
+        {"patch_size": 8},
+        {"use_head": True},
+        {"is_native": False},
+        {"qkv_bias": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_reference_of_another_geometry(tmp_path, fields, monkeypatch, capsys):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    other = save(tmp_path / "other", reference_model(**fields))
+    arguments = [str(tmp_path / "out"), "--verify", "--reference", str(other)]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", *arguments])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {tmp_path / 'out'} and other are models of different")
+    assert next(iter(fields)) in error
+
+
+def test_code_is_compared_as_plainly_as_features(tmp_path, capsys):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    run(parse_arguments([str(tmp_path / "out"), "--verify-code"]))
+    assert f"Code: equal to this tree's, file by file ({len(CODE_FILES)} files)" in capsys.readouterr().out
+    code = tmp_path / "out" / "modeling_aimv2_packing.py"
+    code.write_text(code.read_text() + "\n# changed\n")
+    (tmp_path / "out" / "configuration_aimv2_packing.py").unlink()
+    (tmp_path / "out" / "folder").mkdir()
+    (tmp_path / "out" / "folder" / "more.py").write_text("")
+    for name in ("config.json", "preprocessor_config.json"):
+        fields = json.loads((tmp_path / "out" / name).read_text())
+        fields["auto_map"]["AutoModelForCausalLM"] = f"mallory/repo--{name.split('.', maxsplit=1)[0]}.Model"
+        (tmp_path / "out" / name).write_text(json.dumps(fields))
+    (tmp_path / "out" / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Normalize"}, {"type": "more.Module"}])
+    )
+    with pytest.raises(
+        ValueError, match=r"The code of .*out is not this tree's: do not trust it before you have read it"
+    ):
+        run(parse_arguments([str(tmp_path / "out"), "--verify-code"]))
+    differences = {
+        "modeling_aimv2_packing.py differs",
+        "configuration_aimv2_packing.py is missing",
+        "folder/more.py is not in this tree",
+        "config.json names mallory/repo--config.Model, which is not in this tree",
+        "preprocessor_config.json names mallory/repo--preprocessor_config.Model, which is not in this tree",
+        "modules.json names more.Module, which is not in this tree",
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Code: NOT this tree's") and {line.strip() for line in lines[1:]} == differences
+    report = verify(tmp_path / "out", "--reference", str(tmp_path / "in"))
+    assert report["passed"] and set(report["code_differences"]) == differences
+    assert "Code: NOT this tree's" in capsys.readouterr().out
+
+
+def test_card_lists_the_code_that_is_run(tmp_path):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for path in (tmp_path / "out").glob("*.py"):
+        assert f"| {path.name} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" in card
+    assert f"They are those of {origin()}." in card
+
+
+def test_origin_is_what_git_knows(tmp_path, monkeypatch):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", str(tmp_path / "clone"), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "clone").mkdir()
+    code = tmp_path / "clone" / "modeling_aimv2_packing.py"
+    code.write_text("1\n")
+    monkeypatch.setattr(code_files, "REPO", tmp_path / "clone")
+    monkeypatch.setattr(code_files, "CODE_FILES", [code])
+    assert origin() == "an unknown commit: the converter did not run from a clone"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD")
+    assert origin() == f"commit {commit} of a clone that names no remote repo"
+    git("remote", "add", "origin", "https://alice:secret@example.org/a/b.git")
+    assert origin() == f"commit {commit} of https://example.org/a/b.git"
+    code.write_text("2\n")
+    assert origin() == f"commit {commit} with changes that are not committed of https://example.org/a/b.git"
+    (tmp_path / "clone" / "copy").mkdir()
+    monkeypatch.setattr(code_files, "REPO", tmp_path / "clone" / "copy")
+    assert origin() == "an unknown commit: the converter did not run from a clone"
+
+
+def test_failed_verification_writes_nothing(tmp_path):
+    model = reference_model()
+    source = save(tmp_path / "in", model)
+    model.encoder.layers[0].attention.q_proj.weight.data.mul_(2)
+    reference = save(tmp_path / "reference", model)
+    report = verify(source, str(tmp_path / "out"), "--reference", str(reference))
+    assert not report["passed"] and not report["identical_weights"]
+    assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+def test_exit_code(tmp_path):
+    model = reference_model()
+    source = save(tmp_path / "in", model)
+    model.rms_norm.weight.data.mul_(1.5)
+    reference = save(tmp_path / "reference", model)
+    photograph = str(verification.PHOTOGRAPHS / "cat.jpg")
+    command = [sys.executable, str(REPO / "convert_weights.py"), str(source), str(tmp_path / "out"), "--verify"]
+    command += ["--images", photograph, "--reference", str(reference)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Verdict: FAILED." in result.stdout and "error: " in result.stderr
+
+
+def test_channels_last(tmp_path):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    for name in ("config.json", "preprocessor_config.json"):
+        fields = json.loads((tmp_path / "out" / name).read_text()) | {"patch_layout": "channels_last"}
+        (tmp_path / "out" / name).write_text(json.dumps(fields))
+    assert verify(tmp_path / "out", "--reference", str(tmp_path / "in"))["passed"]
+
+
+def test_reference_is_apples_forward(tmp_path):
+    """What the tool compares with, on weights in Apple's names, against Apple's forward in float64."""
+    model = reference_model()
+    source = save(tmp_path / "in", model)
+    encoder = find_encoder(read_checkpoint(source / "model.safetensors"), checkpoints.apple_config(model))
+    weights = {name: tensor.load(torch.float32) for name, tensor in encoder.tensors.items()}
+    rebuilt = type(model).from_pretrained(None, config=encoder.config, state_dict=weights)
+    image = random_images([(5, 7)])[0]
+    patches = image.reshape(3, 5, 14, 7, 14).permute(1, 3, 0, 2, 4).reshape(35, -1)
+    features = verification.original_features(
+        rebuilt.eval(), {"hidden_states": patches, "grid_thw": torch.tensor([[1, 5, 7]])}, encoder.config
+    )
+    torch.testing.assert_close(features.double(), apple_forward(model, image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_code_that_the_configuration_names_is_not_run(tmp_path, name):
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    (tmp_path / "out" / "trap.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')\n")
+    fields = json.loads((tmp_path / "out" / name).read_text())
+    fields["auto_map"] = dict.fromkeys(fields["auto_map"], "trap.Trap")
+    (tmp_path / "out" / name).write_text(json.dumps(fields))
+    assert verify(tmp_path / "out", "--reference", str(tmp_path / "in"))["passed"]
+    assert not (tmp_path / "trapped").exists()

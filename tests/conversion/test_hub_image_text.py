@@ -1,0 +1,88 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""An image-text repo pushed to the loopback Hub, and what loads from there: all of it, its vision tower, one line."""
+
+import pytest
+import torch
+from hub_server import Hub
+from image_text_checkpoints import (
+    TEXTS,
+    clip_tokenizer,
+    image_text_model,
+    reference_image_text_model,
+    save_image_text_repo,
+)
+from reference import REPO, pack, random_images
+from safetensors.torch import save_file
+from test_hub import client
+
+
+PUSH = """
+    import sys
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo("alice/lit", private=True)
+    HfApi().upload_folder(repo_id="alice/lit", folder_path=sys.argv[1])
+"""
+
+LOAD = """
+    import sys
+    import torch
+    from safetensors.torch import load_file
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoProcessor, pipeline
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    expected = load_file(sys.argv[1])
+    texts, photograph = sys.argv[3:], sys.argv[2]
+    batch = {name: expected[name] for name in ("hidden_states", "grid_thw")}
+    close = lambda found, name: torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-5)
+
+    torch.set_grad_enabled(False)
+    model = AutoModel.from_pretrained("alice/lit", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained("alice/lit", trust_remote_code=True)
+    close(model(**batch, **processor(text=texts, padding=True, return_tensors="pt")).logits_per_image, "logits")
+
+    tower_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", "alice/lit")
+    tower = tower_class.from_pretrained("alice/lit", key_mapping={r"^vision_model\\.": ""}).eval()
+    close(tower(**batch).pooler_output, "pooled")
+
+    encoder = SentenceTransformer("alice/lit", trust_remote_code=True, device="cpu")
+    close(encoder.encode(texts, convert_to_tensor=True), "texts")
+    pixels = processor(images=photograph, return_tensors="pt")
+    torch.testing.assert_close(
+        encoder.encode([photograph], convert_to_tensor=True), model.get_image_features(**pixels).pooler_output
+    )
+
+    classify = pipeline("zero-shot-image-classification", model="alice/lit", trust_remote_code=True)
+    assert {hit["label"] for hit in classify(photograph, candidate_labels=texts)} == set(texts)
+    print("loaded")
+"""
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@torch.no_grad()
+def test_pushed_and_loaded_from_the_hub(hub, tmp_path):
+    reference = reference_image_text_model()
+    folder = save_image_text_repo(tmp_path / "repo", reference)
+    pushed = client(hub, tmp_path / "a", PUSH, folder)
+    assert pushed.returncode == 0, pushed.stderr
+
+    model = image_text_model(reference)
+    batch = pack(random_images([(4, 4), (3, 5), (1, 7)]))
+    texts = clip_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    expected = {
+        "logits": model(**batch, **texts).logits_per_image,
+        "pooled": model.vision_model(**batch).pooler_output,
+        "texts": model.get_text_features(**texts).pooler_output,
+    }
+    save_file({**batch, **{name: tensor.contiguous() for name, tensor in expected.items()}}, tmp_path / "expected")
+    photograph = REPO / "examples" / "photographs" / "cat.jpg"
+    loaded = client(hub, tmp_path / "b", LOAD, tmp_path / "expected", photograph, *TEXTS)
+    assert "loaded" in loaded.stdout, loaded.stderr

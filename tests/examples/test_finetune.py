@@ -1,0 +1,79 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/finetune.py`: what it reaches, going on after a kill, and two processes against one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+
+from reference import REPO
+from safetensors.torch import load_file
+from scaling import assert_tensors_close, run_processes
+
+
+SCRIPT = REPO / "examples/finetune.py"
+SHORT = ("--steps", 24, "--save-steps", 12)
+
+
+def start(output: Path, *options: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--output", str(output), *map(str, options)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(run: subprocess.Popen) -> str:
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    return printed
+
+
+def losses(output: Path) -> list[float]:
+    state = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])) / "trainer_state.json"
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """In one process, with the gradients of two batches per step."""
+    output = tmp_path_factory.mktemp("one")
+    return output, finish(start(output, *SHORT, "--gradient-accumulation-steps", 2))
+
+
+def test_it_learns(one_process: tuple[Path, str]) -> None:
+    output, printed = one_process
+    assert losses(output)[-1] < losses(output)[0]
+    assert re.search(r"accuracy on 359 images: 0\.\d{3}", printed)
+
+
+def test_killed_run_goes_on_to_the_same_weights(one_process: tuple[Path, str], tmp_path: Path) -> None:
+    arguments = (tmp_path, *SHORT, "--gradient-accumulation-steps", 2)
+    run = start(*arguments)
+    while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+    finish(start(*arguments))
+    expected = load_file(one_process[0] / "model.safetensors")
+    assert_tensors_close(load_file(tmp_path / "model.safetensors"), expected, 1e-6)
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_two_processes_take_the_same_steps(one_process: tuple[Path, str], tmp_path: Path, options: tuple) -> None:
+    run_processes(SCRIPT, "--output", tmp_path, *SHORT, *options, timeout=300)
+    assert losses(tmp_path) == pytest.approx(losses(one_process[0]), rel=1e-3)
+    expected = load_file(one_process[0] / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors").keys() == expected.keys()

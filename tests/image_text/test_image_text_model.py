@@ -1,0 +1,244 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The image-text model: transformers' numbers at the fixed size, each image as if alone at any size."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from image_text_checkpoints import (
+    MAX_TOKENS,
+    TEXTS,
+    Aimv2PackingImageTextConfig,
+    Aimv2PackingImageTextModel,
+    clip_tokenizer,
+    image_text_model,
+    reference_image_text_model,
+    save_image_text_repo,
+)
+from reference import REPO, Aimv2PackingModel, pack, packing_model, random_images, reference_model
+from transformers import Aimv2Model, Aimv2VisionConfig, AutoModel, AutoProcessor
+
+
+ODD_GRIDS = [(1, 1), (1, 9), (9, 1), (3, 3), (3, 3), (2, 6), (13, 11), (4, 4), (6, 2)]
+
+
+def tokenised(texts=TEXTS):
+    return clip_tokenizer()(texts, padding=True, return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_image_text_repo(tmp_path_factory.mktemp("image-text") / "repo", reference_image_text_model())
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("image_size", [56, 224])
+@torch.no_grad()
+def test_equals_transformers_model_at_the_fixed_size(attn, image_size):
+    reference = reference_image_text_model(vision={"image_size": image_size})
+    model = image_text_model(reference, attn_implementation=attn)
+    side = image_size // 14
+    images, texts = random_images([(side, side)] * 3), tokenised()
+    inputs = pack(images)
+    expected = reference(**texts, pixel_values=torch.stack(images))
+    outputs = model(**texts, **inputs)
+    for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
+        torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=1e-5)
+    image_features = reference.get_image_features(torch.stack(images)).pooler_output
+    torch.testing.assert_close(model.get_image_features(**inputs).pooler_output, image_features, rtol=0, atol=1e-5)
+    text_features = reference.get_text_features(**texts).pooler_output
+    torch.testing.assert_close(model.get_text_features(**texts).pooler_output, text_features, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_image_of_any_size_is_as_if_alone():
+    model = image_text_model(reference_image_text_model())
+    images, texts = random_images(ODD_GRIDS), tokenised()
+    together = model(**texts, **pack(images))
+    assert together.logits_per_image.shape == (len(images), len(TEXTS))
+    for index, image in enumerate(images):
+        alone = model(**texts, **pack([image]))
+        torch.testing.assert_close(together.image_embeds[index], alone.image_embeds[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(together.logits_per_image[index], alone.logits_per_image[0], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_image_features_are_the_projected_head():
+    model = image_text_model(reference_image_text_model())
+    inputs = pack(random_images(ODD_GRIDS))
+    pooled = model.vision_model(**inputs).pooler_output
+    features = model.get_image_features(**inputs)
+    torch.testing.assert_close(features.pooler_output, pooled @ model.visual_projection.weight.T, rtol=0, atol=1e-6)
+    assert len(features.last_hidden_state) == len(inputs["hidden_states"])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_text_alone_is_as_in_a_padded_batch(attn):
+    reference = reference_image_text_model()
+    model = image_text_model(reference, attn_implementation=attn)
+    expected = reference.get_text_features(**tokenised()).pooler_output
+    for text, features in zip(TEXTS, expected, strict=True):
+        alone = tokenised([text])
+        assert alone["attention_mask"].all()
+        for mask in (alone["attention_mask"], None):
+            outputs = model.get_text_features(alone["input_ids"], mask)
+            torch.testing.assert_close(outputs.pooler_output[0], features, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_scale_is_bounded():
+    reference = reference_image_text_model()
+    torch.nn.init.constant_(reference.logit_scale, 9.0)
+    model = image_text_model(reference)
+    outputs = model(**tokenised(), **pack(random_images([(4, 4)])))
+    similarity = outputs.image_embeds @ outputs.text_embeds.T
+    torch.testing.assert_close(outputs.logits_per_image, 100 * similarity, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_outputs_as_tuples_and_of_all_layers():
+    model = image_text_model(reference_image_text_model())
+    inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
+    outputs = model(**inputs, output_hidden_states=True)
+    assert [len(outputs[part].hidden_states) for part in ("vision_model_output", "text_model_output")] == [3, 3]
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits_per_image)
+    features = model.get_image_features(inputs["hidden_states"], inputs["grid_thw"], return_dict=False)
+    assert torch.equal(features[1], model.get_image_features(inputs["hidden_states"], inputs["grid_thw"]).pooler_output)
+
+
+def test_gradients_are_those_of_transformers():
+    reference = reference_image_text_model()
+    model = image_text_model(reference)
+    images, texts = random_images([(4, 4)] * 4), tokenised()
+    for outputs in (reference(**texts, pixel_values=torch.stack(images)), model(**texts, **pack(images))):
+        torch.nn.functional.cross_entropy(outputs.logits_per_image, torch.arange(4)).backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_random_model_starts_as_configured():
+    config = reference_image_text_model().config.to_dict()
+    model = Aimv2PackingImageTextModel(Aimv2PackingImageTextConfig(**config | {"logit_scale_init_value": 1.5}))
+    assert model.logit_scale.item() == 1.5
+    assert model.vision_model.head.cls_token.std() > 0
+
+
+@torch.no_grad()
+def test_repo_loads_by_the_auto_classes_and_in_transformers(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    images = [torch.randint(256, (3, 56, 56), dtype=torch.uint8) for _ in range(3)]
+    inputs = processor(images=images, text=TEXTS, padding=True, return_tensors="pt")
+    assert set(inputs) == {"hidden_states", "grid_thw", "input_ids", "attention_mask"}
+    logits = model(**inputs).logits_per_image
+
+    reference = Aimv2Model.from_pretrained(repo).eval()
+    pixels = inputs["hidden_states"].view(3, 4, 4, 3, 14, 14).permute(0, 3, 1, 4, 2, 5).reshape(3, 3, 56, 56)
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(reference(pixel_values=pixels, **texts).logits_per_image, logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_processor_takes_images_of_all_sizes(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    images = [torch.randint(256, (3, 56, 140), dtype=torch.uint8), torch.randint(256, (3, 84, 28), dtype=torch.uint8)]
+    fixed = processor(images=images, return_tensors="pt")
+    assert fixed["grid_thw"].tolist() == [[1, 4, 4]] * 2
+    native = processor(images=images, return_tensors="pt", images_kwargs={"image_size": None})
+    assert native["grid_thw"].tolist() == [[1, 4, 10], [1, 6, 2]]
+    assert model.get_image_features(**native).pooler_output.shape == (2, model.config.projection_dim)
+
+
+def test_saved_model_and_processor_load_again(repo, tmp_path):
+    AutoModel.from_pretrained(repo, trust_remote_code=True).save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(repo, trust_remote_code=True).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    expected = AutoModel.from_pretrained(repo, trust_remote_code=True).state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    image = torch.randint(256, (3, 70, 98), dtype=torch.uint8)
+    inputs = processor(images=image, text=TEXTS[:1], return_tensors="pt")
+    assert inputs["grid_thw"].tolist() == [[1, 4, 4]]
+    assert inputs["input_ids"].tolist() == [clip_tokenizer()(TEXTS[0])["input_ids"]]
+
+
+@torch.no_grad()
+def test_vision_tower_loads_alone(repo):
+    tower = Aimv2PackingModel.from_pretrained(repo, key_mapping={r"^vision_model\.": ""}).eval()
+    expected = AutoModel.from_pretrained(repo, trust_remote_code=True).eval().vision_model
+    inputs = pack(random_images(ODD_GRIDS))
+    assert torch.equal(tower(**inputs).pooler_output, expected(**inputs).pooler_output)
+    assert tower.config.to_dict().keys() == expected.config.to_dict().keys()
+
+
+def test_checkpoint_without_its_texts_is_refused(repo, tmp_path):
+    tower = packing_model(reference_model(use_head=True, is_native=False))
+    tower.save_pretrained(tmp_path)
+    config = json.loads((repo / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for path in REPO.glob("*_aimv2_packing.py"):
+        shutil.copyfile(path, tmp_path / path.name)
+    with pytest.raises(ValueError, match=r"is no checkpoint of Aimv2PackingImageTextModel: it lacks .* weights"):
+        AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_repo_without_a_tokenizer_is_refused_by_the_processor(tmp_path):
+    folder = save_image_text_repo(tmp_path, reference_image_text_model(), tokenizer=False)
+    with pytest.raises(ValueError, match=r"has no tokenizer, none of tokenizer\.json, vocab\.json: add"):
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_texts_too_long_are_refused_and_truncated_on_request():
+    model = image_text_model(reference_image_text_model())
+    tokenizer = clip_tokenizer()
+    text = " ".join(["rocket"] * 100)
+    with pytest.raises(ValueError, match=r"`input_ids` must hold at most 77 tokens per text, got \d+"):
+        model.get_text_features(**tokenizer(text, return_tensors="pt"))
+    cut = tokenizer(text, truncation=True, return_tensors="pt")
+    assert cut["input_ids"].shape == (1, MAX_TOKENS)
+    assert cut["input_ids"][0, -1] == model.config.text_config.eos_token_id
+    assert model.get_text_features(**cut).pooler_output.shape == (1, model.config.projection_dim)
+
+
+@pytest.mark.parametrize("input_ids", [[1, 2], torch.ones(3), torch.ones(2, 3), torch.ones(3, dtype=torch.int64)])
+def test_what_are_no_tokens_is_refused_before_any_work(input_ids):
+    model = image_text_model(reference_image_text_model())
+    with pytest.raises(ValueError, match="`input_ids` must be a tensor of integers of shape"):
+        model.get_text_features(input_ids)
+    with pytest.raises(ValueError, match="`input_ids` must be a tensor of integers of shape"):
+        model(input_ids, **pack(random_images([(4, 4)])))
+
+
+def test_configuration():
+    config = Aimv2PackingImageTextConfig(vision_config={"patch_layout": "channels_last"}, projection_dim=8)
+    assert config.vision_config.patch_layout == "channels_last"
+    again = Aimv2PackingImageTextConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert again.to_dict()["vision_config"]["model_type"] == "aimv2_packing"
+    vision = Aimv2VisionConfig(hidden_size=64, num_attention_heads=2)
+    converted = Aimv2PackingImageTextConfig(vision_config=vision).vision_config
+    assert converted.hidden_size == 64
+    assert converted.model_type == "aimv2_packing"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"vision_config": {"use_head": False}}, "vision_config.use_head"),
+        ({"text_config": Aimv2VisionConfig()}, "text_config"),
+        ({"projection_dim": 0}, "projection_dim"),
+        ({"projection_dim": "512"}, "projection_dim"),
+        ({"max_logit_scale": 0.0}, "max_logit_scale"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size"),
+    ],
+)
+def test_configuration_refuses_what_no_model_can_have(fields, named):
+    with pytest.raises(Exception, match=named):
+        Aimv2PackingImageTextConfig(**fields)

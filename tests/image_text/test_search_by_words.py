@@ -1,0 +1,100 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The example that finds pictures by words, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from image_text_checkpoints import reference_image_text_model, save_image_text_repo, save_vision_repo
+from reference import REPO, reference_model
+from sentence_transformers import SentenceTransformer
+
+
+PHOTOGRAPHS = REPO / "examples" / "photographs"
+QUERIES = ["a cat", "a rocket on its launch pad"]
+
+
+def search(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / "examples" / "search_by_words.py"), *map(str, arguments)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_image_text_repo(tmp_path_factory.mktemp("image-text") / "repo", reference_image_text_model())
+
+
+@pytest.fixture(scope="module")
+def expected(repo) -> str:
+    """The hits as printed, by Sentence Transformers."""
+    encoder = SentenceTransformer(str(repo), trust_remote_code=True, device="cpu")
+    paths = sorted(PHOTOGRAPHS.glob("*.jpg"))
+    similarity = encoder.similarity(encoder.encode(QUERIES), encoder.encode([str(path) for path in paths]))
+    lines = []
+    for query, scores in zip(QUERIES, similarity, strict=True):
+        hits = scores.argsort(descending=True).tolist()[:3]
+        lines += [query, *(f"  {scores[index]:.4f}  {paths[index]}" for index in hits)]
+    return "\n".join(lines)
+
+
+def projected(repo: Path, features: Path, pooling: str = "projection") -> Path:
+    """What `extract_features.py` leaves, with one image that could not be read."""
+    encoder = SentenceTransformer(str(repo), trust_remote_code=True, device="cpu")
+    names = sorted(path.name for path in PHOTOGRAPHS.glob("*.jpg"))
+    vectors = encoder.encode([str(PHOTOGRAPHS / name) for name in names]).tolist()
+    kind = pa.list_(pa.float32(), len(vectors[0]))
+    table = pa.table({"id": ["broken.jpg", *names], "embedding": pa.array([None, *vectors], kind)})
+    features.mkdir()
+    pq.write_table(table, features / "rows.parquet")
+    (features / "_settings.json").write_text(json.dumps({"pooling": pooling}))
+    return features
+
+
+def test_pictures_are_found_and_shown(repo, expected, tmp_path):
+    result = search(tmp_path, "--checkpoint", repo, "--top", 3, *QUERIES)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{expected}\nContact sheet: hits.png"
+    with PIL.Image.open(tmp_path / "hits.png") as sheet:
+        assert sheet.width > 3 * 160 and sheet.height > 2 * 160
+        assert len(sheet.getcolors(sheet.width * sheet.height)) > 1000
+
+
+def test_features_spare_the_pictures_encoding(repo, expected, tmp_path):
+    features = projected(repo, tmp_path / "features")
+    result = search(tmp_path, "--checkpoint", repo, "--top", 3, "--features", features, *QUERIES)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{expected}\nContact sheet: hits.png"
+
+
+def test_random_weights_are_said_to_be_random(tmp_path):
+    result = search(tmp_path, "--output", "sheet.png", "a cat")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("No --checkpoint: the weights are random, and so are the hits.\n")
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_what_cannot_be_searched_is_one_line(repo, tmp_path):
+    vision = save_vision_repo(tmp_path / "vision", reference_model(use_head=True, is_native=False))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    features = projected(repo, tmp_path / "features", pooling="mean")
+    for arguments, message in (
+        (("--checkpoint", vision), "has no text encoder, only a vision tower"),
+        (("--checkpoint", repo, "--folder", empty), "holds no picture"),
+        (("--checkpoint", repo, "--features", features), "only projected features compare with words"),
+    ):
+        result = search(tmp_path, *arguments, "a cat")
+        assert result.returncode == 1
+        lines = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
+        assert len(lines) == 1 and lines[0].startswith("search_by_words.py: ") and message in lines[0], result.stderr
+        assert not (tmp_path / "hits.png").exists()
