@@ -25,6 +25,8 @@ from transformers.utils import logging
 
 from .cpu_inference_aimv2_packing import encode as encode_on_cpu
 from .cpu_inference_aimv2_packing import refusal as cpu_refusal
+from .cuda_inference_aimv2_packing import encode as encode_on_cuda
+from .cuda_inference_aimv2_packing import refusal as cuda_refusal
 from .layout_aimv2_packing import PackedLayout
 
 
@@ -46,7 +48,7 @@ class Engine(NamedTuple):
     encode: Callable[[nn.Module, torch.Tensor, PackedLayout], torch.Tensor]
 
 
-ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu),)
+ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu), Engine("cuda", cuda_refusal, encode_on_cuda))
 
 # The classes of the modeling file, and where these and torch's have their `forward` from.
 MODELING = f"{__name__.rpartition('.')[0]}.modeling_aimv2_packing"
