@@ -36,8 +36,13 @@ Attention = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torc
 # A kernel's grid holds no more segments than this.
 MAX_SEGMENTS = 65535
 
-# How often an exact layout of images of one length comes before it gets a graph and a cuDNN plan of its own.
+# cuDNN's dense kernel for segments of one length beats the engine's own from so many scores on. It builds a plan for
+# each layout, in 60 ms on an H100, so the layout has to have come a few times.
+DENSE_SCORES = 1 << 21
 DENSE_AFTER = 3
+
+# Up to so many patches a product that adds to the residual stream is slower than one that does not.
+FEW_PATCHES = 256
 
 # A graph that so many forwards per graph have not used makes room for another; sooner, captures would chase each other.
 PATIENCE = 16
@@ -54,7 +59,7 @@ class CudaInferenceSettings:
     """
 
     merge_weights: bool = True
-    max_graph_patches: int = 8192
+    max_graph_patches: int = 20480
     max_graphs: int = 64
 
 
@@ -82,8 +87,8 @@ def power_of_two(value: int, least: int) -> int:
 
 
 def padded_size(patches: int) -> int:
-    """`patches` rounded up to one of 16 sizes per doubling, at least 64 apart."""
-    step = max(64, power_of_two(patches, 1) // 32)
+    """`patches` rounded up to one of 16 sizes per doubling, at least 64 and at most 256 apart."""
+    step = min(256, max(64, power_of_two(patches, 1) // 32))
     return -(-patches // step) * step
 
 
@@ -100,12 +105,6 @@ class Product(NamedTuple):
             torch.mm(hidden_states, weight, out=out)
         else:
             torch.addmm(self.bias, hidden_states, weight, out=out)
-
-    def add_to(self, residual: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """Adds the layer's output to `residual`, rounded once where it has no bias."""
-        residual.addmm_(hidden_states, self.weight.t())
-        if self.bias is not None:
-            residual.add_(self.bias)
 
 
 class Layer(NamedTuple):
@@ -276,9 +275,10 @@ class Engine:
         self.forwards = 0
         self.capture_failure: str | None = None
         self.dense_works: bool | None = None
-        self.buffers_of: dict[int, Buffers] = {}
+        self.buffers: list[Buffers] = []
         self.tables: dict[int, torch.Tensor] = {}
         self.weights = Weights(model, merge=False)
+        self.dtype, self.device = self.weights.parameters[0].dtype, self.weights.parameters[0].device
         self.reason = self.find_reason()
         if self.reason is not None:
             return
@@ -302,10 +302,8 @@ class Engine:
             return "Triton is not installed"
         if torch.version.cuda is None:
             return "this PyTorch is not built for CUDA"
-        kinds = {(parameter.dtype, parameter.device) for parameter in parameters}
-        if len(kinds) != 1:
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
             return "the weights are of more than one dtype or on more than one device"
-        self.dtype, self.device = kinds.pop()
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"the weights are {self.dtype}"
         if self.device.type != "cuda":
@@ -338,13 +336,16 @@ class Engine:
         return Buffers(patches, patch_dim, config.hidden_size, config.intermediate_size, like)
 
     def new_graph(self, budget: Budget) -> Graph:
-        # One set of buffers for all budgets of a doubling: graphs captured one by one would each add their own.
-        capacity = power_of_two(budget.patches, 1024)
-        if capacity not in self.buffers_of:
-            self.buffers_of[capacity] = self.new_buffers(capacity)
+        # Graphs captured one by one would each add their own buffers, so they share the smallest that are large enough.
+        large_enough = [buffers for buffers in self.buffers if len(buffers.patches) >= budget.patches]
+        if not large_enough:
+            most = padded_size(self.settings.max_graph_patches)
+            large_enough = [self.new_buffers(min(power_of_two(budget.patches, 1024), most))]
+            self.buffers += large_enough
+        buffers = min(large_enough, key=lambda buffers: len(buffers.patches))
         kinds = [(2, torch.int64)] if self.config.is_native else [(16, torch.int64), (16, torch.float32)]
         positions = [torch.zeros(budget.patches, n, dtype=dtype, device=self.device) for n, dtype in kinds]
-        return Graph(budget, self.buffers_of[capacity], positions)
+        return Graph(budget, buffers, positions)
 
     def position_embeddings(self, positions: Sequence[torch.Tensor], side: int) -> torch.Tensor:
         if self.config.is_native:
@@ -449,18 +450,25 @@ class Engine:
             for product in layer.qkv:
                 product(normed, out=qkv)
             attended = attend(layer.attention, *qkv.view(patches, 3, -1, self.head_dim).unbind(1))
-            layer.out.add_to(residual, attended.flatten(1))
-            add_rms_norm(residual, None, layer.norm2.weight, layer.norm2.eps, out=normed)
+            self.add_and_norm(layer.out, attended.flatten(1), layer.norm2, buffers)
             for product in layer.gate_up:
                 product(normed, out=gate_up)
             silu_mul(gate_up, out=activated)
-            layer.down.add_to(residual, activated)
-            add_rms_norm(residual, None, next_norm.weight, next_norm.eps, out=normed)
+            self.add_and_norm(layer.down, activated, next_norm, buffers)
         return normed
+
+    def add_and_norm(self, product: Product, states: torch.Tensor, norm: nn.RMSNorm, buffers: Buffers) -> None:
+        residual, normed = buffers.residual, buffers.normed
+        if len(residual) <= FEW_PATCHES or product.bias is not None:
+            product(states, out=normed)
+            add_rms_norm(residual, normed, norm.weight, norm.eps, out=normed)
+        else:
+            residual.addmm_(states, product.weight.t())
+            add_rms_norm(residual, None, norm.weight, norm.eps, out=normed)
 
     def prefers_dense(self, patches: int, segments: int, length: int) -> bool:
         """Whether all segments are of one length, and come so often that cuDNN's plan for them pays."""
-        if segments * length != patches or segments > MAX_SEGMENTS:
+        if segments * length != patches or segments > MAX_SEGMENTS or patches * length < DENSE_SCORES:
             return False
         if self.dtype == torch.float32 or self.capability < (9, 0) or self.head_dim > 128:
             return False
