@@ -4,20 +4,25 @@
 
 import copy
 import os
-import sys
 import threading
 from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ODD_GRIDS, Aimv2PackingModel, pack, packing_model, random_images, random_mixes, reference_model
+from reference import (
+    ODD_GRIDS,
+    hub_module,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    random_mixes,
+    reference_model,
+)
 
 
-PACKAGE = Aimv2PackingModel.__module__.rpartition(".")[0]
-cuda_inference = sys.modules[f"{PACKAGE}.cuda_inference_aimv2_packing"]
-kernels = sys.modules[f"{PACKAGE}.triton_kernels_aimv2_packing"]
-packed_layout = sys.modules[f"{PACKAGE}.layout_aimv2_packing"].packed_layout
+cuda_inference, kernels = hub_module("cuda_inference"), hub_module("triton_kernels")
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8}
 MIXED = [*ODD_GRIDS, (16, 16), (16, 16), (40, 30), (64, 64)]
