@@ -19,9 +19,10 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import httpx
 
+from conversion.checkpoint_formats import Encoder
 from conversion.code_files import CODE_FILES, code_differences
 from conversion.hub_upload import push_to_hub
-from conversion.model_card import describe
+from conversion.model_card import describe, summary
 from conversion.model_repo import convert, holds_conversion, is_converted
 from conversion.sources import download_code, local_path, read_source
 from conversion.verification import Report, verify
@@ -39,7 +40,7 @@ DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 def print_report(report: Report) -> None:
     print(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
-    print(report.table())
+    print(report.tables())
     print(f"\nBounds: max diff {report.max_diff_bound:.1e}, min cosine {report.min_cosine_bound}.")
     if report.identical_weights is not None:
         print(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
@@ -102,6 +103,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("converting")
     group.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
     group.add_argument("--prefix", help="what the names of the encoder's tensors begin with, where several fit")
+    group.add_argument(
+        "--vision-only", action="store_true", help="of an image-text model, convert the vision encoder alone"
+    )
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
     group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
     group.add_argument(
@@ -129,6 +133,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
     if options.verify_code and (options.output_dir or options.verify or options.push_to_hub):
         parser.error("--verify-code takes a converted SOURCE, and goes with no other action")
+    if options.vision_only and options.output_dir is None:
+        parser.error("--vision-only is for converting: give OUTPUT_DIR")
     if options.output_dir is None and not (options.verify or options.verify_code or options.push_to_hub):
         parser.error("give OUTPUT_DIR to convert, or --verify or --push-to-hub for a SOURCE that is converted already")
     return options
@@ -140,8 +146,10 @@ def run(options: argparse.Namespace) -> None:
         verify_code(options.source, options.revision)
         return
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    source = read_source(options.source, options.revision, options.prefix)
-    reference = read_source(options.reference) if options.reference else None
+    source = read_source(options.source, options.revision, options.prefix, options.vision_only)
+    # What is compared has the parts that the converted model has.
+    without_text = isinstance(source.model, Encoder)
+    reference = read_source(options.reference, vision_only=without_text) if options.reference else None
     output: Path | None = options.output_dir
     if output is None and not is_converted(source.folder):
         raise ValueError(f"{options.source} is not converted yet: give an OUTPUT_DIR.")
@@ -159,8 +167,8 @@ def run(options: argparse.Namespace) -> None:
         compared = reference or (source if output is not None else None)
         report = verify(
             folder,
-            reference=compared.encoder if compared else None,
-            reference_name=compared.name if compared else "Aimv2VisionModel with the same weights",
+            reference=compared.model if compared else None,
+            reference_name=compared.name if compared else "transformers' model with the same weights",
             images=options.images,
             device=options.device,
             dtype=dtype,
@@ -178,10 +186,10 @@ def run(options: argparse.Namespace) -> None:
         verifier = check if options.verify else None
         model_id = options.push_to_hub or output.resolve().name
         convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier)
-        found = f"{describe(source.encoder)}, checkpoint format {source.encoder.checkpoint_format.name}"
+        found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
-        if dropped := source.encoder.dropped:
-            print(f"Left out {len(dropped)} tensors that are no part of the vision encoder ({dropped[0]}, ...).")
+        if dropped := source.model.dropped:
+            print(f"Left out of the source: {summary(dropped)}.")
     elif options.verify:
         check(folder)
     if options.push_to_hub:

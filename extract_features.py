@@ -37,7 +37,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, help="encode at most this many images in this run")
 
     group = parser.add_argument_group("features")
-    group.add_argument("--pooling", choices=["head", "mean"], help="by default the model's head where it has one")
+    group.add_argument(
+        "--pooling",
+        choices=["projection", "head", "mean"],
+        help="by default the projection of an image-text model, else the head, else the mean over patches",
+    )
     group.add_argument("--patch-features", choices=["float16", "bfloat16"], help="also write the feature of each patch")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
     group.add_argument("--max-patches", type=positive, help="of one image, instead of the image processor's")

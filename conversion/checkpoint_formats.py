@@ -8,14 +8,13 @@ tensors the names and its configuration the fields that `Aimv2VisionModel` has. 
 import copy
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Aimv2VisionModel
+from transformers import Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from configuration_aimv2_packing import Aimv2PackingConfig
 
@@ -59,6 +58,19 @@ class CheckpointFormat(NamedTuple):
         return "qkv".index(match[1]) if match else None
 
 
+# Of both of Apple's encoders.
+APPLE_TRUNK = {
+    "encoder.layers.N.attention.q_proj": "trunk.blocks.N.attn.qkv",
+    "encoder.layers.N.attention.k_proj": "trunk.blocks.N.attn.qkv",
+    "encoder.layers.N.attention.v_proj": "trunk.blocks.N.attn.qkv",
+    "encoder.layers.N.attention.out_proj": "trunk.blocks.N.attn.proj",
+    "encoder.layers.N.ffn.gate_proj": "trunk.blocks.N.mlp.fc1",
+    "encoder.layers.N.ffn.up_proj": "trunk.blocks.N.mlp.fc3",
+    "encoder.layers.N.ffn.down_proj": "trunk.blocks.N.mlp.fc2",
+    "encoder.layers.N.rms_norm1": "trunk.blocks.N.norm_1",
+    "encoder.layers.N.rms_norm2": "trunk.blocks.N.norm_2",
+    "rms_norm": "trunk.post_trunk_norm",
+}
 CHECKPOINT_FORMATS = (
     CheckpointFormat("transformers", {}, dropped=r"embeddings\.position_ids"),
     CheckpointFormat("transformers Ovis2", {"embeddings.patch_embed": "embeddings.patch_embedding"}),
@@ -68,16 +80,7 @@ CHECKPOINT_FORMATS = (
             "embeddings.patch_embed": "preprocessor.patchifier.proj",
             "embeddings.rms_norm": "preprocessor.patchifier.norm",
             "embeddings.position_embedding.weight": "preprocessor.pos_embed",
-            "encoder.layers.N.attention.q_proj": "trunk.blocks.N.attn.qkv",
-            "encoder.layers.N.attention.k_proj": "trunk.blocks.N.attn.qkv",
-            "encoder.layers.N.attention.v_proj": "trunk.blocks.N.attn.qkv",
-            "encoder.layers.N.attention.out_proj": "trunk.blocks.N.attn.proj",
-            "encoder.layers.N.ffn.gate_proj": "trunk.blocks.N.mlp.fc1",
-            "encoder.layers.N.ffn.up_proj": "trunk.blocks.N.mlp.fc3",
-            "encoder.layers.N.ffn.down_proj": "trunk.blocks.N.mlp.fc2",
-            "encoder.layers.N.rms_norm1": "trunk.blocks.N.norm_1",
-            "encoder.layers.N.rms_norm2": "trunk.blocks.N.norm_2",
-            "rms_norm": "trunk.post_trunk_norm",
+            **APPLE_TRUNK,
             "head.k_proj": "head.k",
             "head.v_proj": "head.v",
             "head.output_proj": "head.linear",
@@ -111,23 +114,25 @@ CHECKPOINT_FORMATS = (
 @dataclass
 class Encoder:
     """
-    An AIMv2 vision encoder found in a checkpoint, or what looks most like one.
+    An AIMv2 encoder found in a checkpoint, or what looks most like one.
 
     Attributes:
         checkpoint_format (`CheckpointFormat`): How its tensors are named.
         prefix (`str`): What their names begin with.
-        config (`Aimv2PackingConfig`): Its configuration; meaningless if anything is wrong.
-        tensors (`dict[str, StoredTensor]`): Where the tensors are, by `Aimv2VisionModel`'s names and in its order.
-        dropped (`list[str]`): Tensors of the checkpoint that are no part of it.
+        config (`Aimv2PackingConfig` or `Aimv2TextConfig`): Its configuration; meaningless if anything is wrong.
+        tensors (`dict[str, StoredTensor]`): Where the tensors are, by transformers' names and in its model's order.
+        dropped, dropped_inside (`list[str]`): Tensors of the checkpoint that are no part of it, and those of them that
+            begin with the prefix.
         missing, left_over, wrong (`list[str]`): What is wrong: expected tensors that are not there, others that are
             there under the same prefix, and descriptions of tensors or settings that do not fit.
     """
 
     checkpoint_format: CheckpointFormat
     prefix: str
-    config: Aimv2PackingConfig = field(default_factory=Aimv2PackingConfig)
+    config: PreTrainedConfig = field(default_factory=Aimv2PackingConfig)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    dropped_inside: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -135,14 +140,6 @@ class Encoder:
     @property
     def problems(self) -> int:
         return len(self.missing) + len(self.left_over) + len(self.wrong)
-
-    @property
-    def main_dtype(self) -> torch.dtype:
-        """The dtype of most of the weights."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] += tensor.nbytes_as(None)
-        return DTYPES[sizes.most_common(1)[0][0]]
 
     def describe(self) -> str:
         where = f" under {self.prefix!r}" if self.prefix else ""
@@ -206,11 +203,17 @@ def match_format(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
         encoder.wrong.append(" ".join(str(error.__cause__ or error).split()))
         return
 
+    match_tensors(encoder, own, expected_shapes(Aimv2VisionModel, encoder.config))
+    encoder.dropped = encoder.dropped_inside + [name for name in tensors if not name.startswith(prefix)]
+
+
+def match_tensors(encoder: Encoder, own: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Finds the tensors of these names and shapes among `own`, which lack the encoder's prefix, and what is wrong."""
     used = set()
-    for name, whole in expected_shapes(encoder.config).items():
+    for name, whole in shapes.items():
         stored_name, part = encoder.checkpoint_format.stored_name(name), encoder.checkpoint_format.part(name)
         shape = whole if part is None else (3 * whole[0], *whole[1:])
-        stored, label = own.get(stored_name), prefix + stored_name
+        stored, label = own.get(stored_name), encoder.prefix + stored_name
         used.add(stored_name)
         if stored is None:
             encoder.missing.append(label)
@@ -224,18 +227,17 @@ def match_format(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
 
     others = [name for name in own if name not in used]
     dropped = {name for name in others if re.fullmatch(encoder.checkpoint_format.dropped, name)}
-    encoder.left_over = [prefix + name for name in others if name not in dropped]
-    encoder.dropped = [prefix + name for name in others if name in dropped]
-    encoder.dropped += [name for name in tensors if not name.startswith(prefix)]
+    encoder.left_over = [encoder.prefix + name for name in others if name not in dropped]
+    encoder.dropped_inside = [encoder.prefix + name for name in others if name in dropped]
 
 
-def expected_shapes(config: Aimv2PackingConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of `Aimv2VisionModel`, by name and in its order."""
+def expected_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a model of this class, by name and in its order."""
     # All layers are like the first: names may claim more of them than could be built in a lifetime.
     one_layer = copy.copy(config)
     one_layer.num_hidden_layers = 1
     with torch.device("meta"):
-        state = Aimv2VisionModel(one_layer).state_dict()
+        state = model_class(one_layer).state_dict()
     layer = [name for name in state if name.startswith("encoder.layers.0.")]
     names = []
     for name in state:
@@ -254,19 +256,9 @@ def read_geometry(checkpoint_format: CheckpointFormat, own: dict[str, StoredTens
         ValueError: tensors that determine a field are missing or have a shape that no AIMv2 encoder has.
     """
 
-    def stored(name: str, rank: int) -> StoredTensor:
-        stored_name = checkpoint_format.stored_name(name)
-        if stored_name not in own:
-            raise ValueError(f"{stored_name} is missing")
-        if len(own[stored_name].shape) != rank:
-            raise ValueError(f"{stored_name} is {own[stored_name].shape}, expected {rank} dimensions")
-        return own[stored_name]
-
-    def present(name: str) -> bool:
-        return checkpoint_format.stored_name(name) in own
-
-    norm = re.escape(checkpoint_format.stored_name("encoder.layers.0.rms_norm1.weight")).replace(r"\.0\.", r"\.\d+\.")
-    hidden_size, num_channels, patch_size, patch_width = stored("embeddings.patch_embed.weight", 4).shape
+    hidden_size, num_channels, patch_size, patch_width = stored_tensor(
+        checkpoint_format, own, "embeddings.patch_embed.weight", 4
+    ).shape
     if patch_size != patch_width:
         raise ValueError(
             f"the patch embedding is {(hidden_size, num_channels, patch_size, patch_width)}, expected (hidden_size, "
@@ -274,14 +266,11 @@ def read_geometry(checkpoint_format: CheckpointFormat, own: dict[str, StoredTens
         )
     fields = {
         "hidden_size": hidden_size,
-        "intermediate_size": stored("encoder.layers.0.ffn.gate_proj.weight", 2).shape[0],
-        "num_hidden_layers": sum(re.fullmatch(norm, name) is not None for name in own),
+        **read_trunk(checkpoint_format, own),
         "num_channels": num_channels,
         "patch_size": patch_size,
-        "qkv_bias": present("encoder.layers.0.attention.q_proj.bias"),
-        "mlp_bias": present("encoder.layers.0.ffn.gate_proj.bias"),
-        "use_head": present("head.cls_token"),
-        "is_native": not present("embeddings.position_embedding.weight"),
+        "use_head": checkpoint_format.stored_name("head.cls_token") in own,
+        "is_native": checkpoint_format.stored_name("embeddings.position_embedding.weight") not in own,
     }
     if not fields["is_native"]:
         shape = own[checkpoint_format.stored_name("embeddings.position_embedding.weight")].shape
@@ -291,6 +280,34 @@ def read_geometry(checkpoint_format: CheckpointFormat, own: dict[str, StoredTens
             raise ValueError(f"the position embedding is {shape}, expected (positions of a square grid, hidden_size)")
         fields["image_size"] = side * patch_size
     return fields
+
+
+def read_trunk(checkpoint_format: CheckpointFormat, own: dict[str, StoredTensor]) -> dict[str, Any]:
+    """The fields of [`read_geometry`] that the layers determine."""
+    norm = re.escape(checkpoint_format.stored_name("encoder.layers.0.rms_norm1.weight")).replace(r"\.0\.", r"\.\d+\.")
+    return {
+        "intermediate_size": stored_tensor(checkpoint_format, own, "encoder.layers.0.ffn.gate_proj.weight", 2).shape[0],
+        "num_hidden_layers": sum(re.fullmatch(norm, name) is not None for name in own),
+        "qkv_bias": checkpoint_format.stored_name("encoder.layers.0.attention.q_proj.bias") in own,
+        "mlp_bias": checkpoint_format.stored_name("encoder.layers.0.ffn.gate_proj.bias") in own,
+    }
+
+
+def stored_tensor(
+    checkpoint_format: CheckpointFormat, own: dict[str, StoredTensor], name: str, rank: int
+) -> StoredTensor:
+    """
+    The tensor that is stored for transformers' `name`.
+
+    Raises:
+        ValueError: it is missing, or has not `rank` dimensions.
+    """
+    stored_name = checkpoint_format.stored_name(name)
+    if stored_name not in own:
+        raise ValueError(f"{stored_name} is missing")
+    if len(own[stored_name].shape) != rank:
+        raise ValueError(f"{stored_name} is {own[stored_name].shape}, expected {rank} dimensions")
+    return own[stored_name]
 
 
 def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole: bool) -> dict[str, Any]:

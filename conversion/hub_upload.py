@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalToke
 from huggingface_hub.utils import httpx
 
 from .safetensors_files import read_json
+from .sources import CONVERTED_TYPES
 
 
 # Of a whole upload; the client itself repeats each request five times.
@@ -69,7 +70,7 @@ def check_existing(repo_id: str, files: list[str]) -> None:
         model_type = read_json(Path(hf_hub_download(repo_id, "config.json"))).get("model_type")
     except EntryNotFoundError:
         model_type = None
-    if model_type != "aimv2_packing":
+    if model_type not in CONVERTED_TYPES:
         raise ValueError(
             f"The name {repo_id} is taken by a repo that is no packed AIMv2 model (model_type {model_type!r}): choose "
             "another name, or delete that repo."

@@ -11,16 +11,35 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-
-from configuration_aimv2_packing import Aimv2PackingConfig
+from transformers import PreTrainedConfig
 
 from .atomic_folder import atomic_folder, is_empty_folder
 from .checkpoint_formats import Encoder
 from .code_files import CODE_FILES, REPO, code_differences
+from .image_text import ImageText
 from .model_card import write_card
-from .safetensors_files import read_json, safe_path, same_tensors, write_checkpoint
+from .safetensors_files import main_dtype, read_json, safe_path, same_tensors, write_checkpoint
+from .sentence_transformers_files import write_sentence_transformers_files
 from .sources import CONVERTED_TYPES, Source, read_source
+from .tokenizer_files import copy_tokenizer
 from .verification import Report
+
+
+IMAGE_TEXT_CLASSES = {
+    "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
+    "AutoModel": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
+    "AutoModelForZeroShotImageClassification": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
+}
+PROCESSOR = {
+    "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},
+    "processor_class": "Aimv2PackingProcessor",
+}
+# Fields of a configuration that say how it was made or where its code is.
+DERIVED = ("architectures", "auto_map", "dtype", "transformers_version")
+NO_TOKENIZER = (
+    "warning: {source} has no complete tokenizer, it lacks {lacking}. The converted repo takes images and token ids, "
+    "but no words until these files are added to it."
+)
 
 
 def convert(
@@ -33,7 +52,7 @@ def convert(
     verifier: Callable[[Path], Report] | None = None,
 ) -> None:
     """
-    Writes a complete model repo: weights, configuration, image processor, code, licence and card.
+    Writes a complete model repo: weights, configurations, tokenizer, code, licence and card.
 
     Args:
         source (`Source`): What to convert.
@@ -49,10 +68,10 @@ def convert(
         ValueError: the result does not fit on the disk, or `output` is not to be replaced.
         FileExistsError: `output` exists and may not be replaced.
     """
-    encoder = source.encoder
+    model = source.model
     check_output(output, source.folder, overwrite)
     with atomic_folder(output, overwrite) as folder:
-        needed = sum(tensor.nbytes_as(dtype) for tensor in encoder.tensors.values())
+        needed = sum(tensor.nbytes_as(dtype) for tensor in model.tensors.values())
         free = shutil.disk_usage(folder).free
         if needed > free:
             sizes = [tqdm.format_sizeof(size, "B") for size in (needed, free)]
@@ -60,9 +79,11 @@ def convert(
                 f"{output} needs {sizes[0]}, but only {sizes[1]} are free there: free some space, choose another disk, "
                 "or convert to a smaller --dtype."
             )
-        for name in write_checkpoint(folder, encoder.tensors, dtype, max_shard_size):
+        for name in write_checkpoint(folder, model.tensors, dtype, max_shard_size):
             print(f"warning: {name} holds NaN or infinite values.", file=sys.stderr)
-        write_configs(folder, encoder, dtype)
+        write_configs(folder, model, dtype)
+        if isinstance(model, ImageText) and (lacking := copy_tokenizer(source.folder, folder)):
+            print(NO_TOKENIZER.format(source=source.name, lacking=" and ".join(lacking)), file=sys.stderr)
         for path in (*CODE_FILES, REPO / "LICENSE"):
             shutil.copyfile(path, folder / path.name)
         for path in source.folder.glob("WEIGHTS_LICENSE*" if is_converted(source.folder) else "LICENSE*"):
@@ -91,25 +112,38 @@ def holds_conversion(output: Path, source: Source, dtype: torch.dtype | None) ->
     """Whether `output` already is what [`convert`] makes of `source`: weights, configuration and code, by content."""
     if not is_converted(output) or code_differences(output):
         return False
-    existing, encoder = read_source(str(output)).encoder, source.encoder
-    derived = {"architectures", "auto_map", "dtype"}
-
-    def fields(config: Aimv2PackingConfig) -> dict[str, Any]:
-        return {name: value for name, value in config.to_dict().items() if name not in derived}
-
-    return fields(existing.config) == fields(encoder.config) and same_tensors(existing.tensors, encoder.tensors, dtype)
+    existing = read_source(str(output)).model
+    same_kind = type(existing) is type(source.model) and fields(existing.config) == fields(source.model.config)
+    return same_kind and same_tensors(existing.tensors, source.model.tensors, dtype)
 
 
-def write_configs(folder: Path, encoder: Encoder, dtype: torch.dtype | None) -> None:
-    """`config.json` and `preprocessor_config.json`: those of this repo, with the encoder's fields."""
-    config = encoder.config
-    config.architectures = ["Aimv2PackingModel"]
-    config.auto_map = read_json(REPO / "config.json")["auto_map"]
-    config.dtype = dtype or encoder.main_dtype
+def fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of the model, without what [`convert`] sets itself."""
+
+    def stripped(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: stripped(inner) for name, inner in value.items() if name not in DERIVED}
+
+    return stripped(config.to_dict())
+
+
+def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype | None) -> None:
+    """`config.json` and those of the processors: those of this repo, with the model's fields."""
+    config, vision = model.config, model.config
+    if isinstance(model, ImageText):
+        vision = config.vision_config
+        config.architectures, config.auto_map = ["Aimv2PackingImageTextModel"], IMAGE_TEXT_CLASSES
+        (folder / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
+    else:
+        config.architectures = ["Aimv2PackingModel"]
+        config.auto_map = read_json(REPO / "config.json")["auto_map"]
+    config.dtype = dtype or main_dtype(model.tensors)
     config.save_pretrained(folder)
     processor = read_json(REPO / "preprocessor_config.json") | {
-        "patch_size": config.patch_size,
-        "patch_layout": config.patch_layout,
-        "image_size": None if config.is_native else config.image_size,
+        "patch_size": vision.patch_size,
+        "patch_layout": vision.patch_layout,
+        "image_size": None if vision.is_native else vision.image_size,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n")
+    write_sentence_transformers_files(folder, config)

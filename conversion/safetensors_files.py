@@ -233,6 +233,14 @@ def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def main_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of most of the weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes_as(None)
+    return DTYPES[sizes.most_common(1)[0][0]]
+
+
 def same_tensors(stored: dict[str, StoredTensor], expected: dict[str, StoredTensor], dtype: torch.dtype | None) -> bool:
     """Whether `stored` holds the very bytes that [`write_checkpoint`] makes of `expected`."""
     if stored.keys() != expected.keys():

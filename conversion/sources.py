@@ -24,11 +24,12 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from .checkpoint_formats import Encoder, find_encoder
 from .code_files import CODE_FILES
+from .image_text import ImageText, find_image_text
 from .safetensors_files import choose_weights, find_weights, read_checkpoint, read_json, read_weight_map, safe_path
 
 
 # `model_type` of what this repo's models load.
-CONVERTED_TYPES = ("aimv2_packing",)
+CONVERTED_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
 
 
 @dataclass
@@ -41,24 +42,27 @@ class Source:
         repo_id (`str` or `None`): Its Hub id.
         folder (`Path`): Where its other files are.
         config (`dict`): Content of its `config.json`, or empty.
-        encoder (`Encoder`): The AIMv2 encoder in it.
+        model (`Encoder` or `ImageText`): The AIMv2 vision encoder in it, or the image-text model that this is part of.
     """
 
     name: str
     repo_id: str | None
     folder: Path
     config: dict[str, Any]
-    encoder: Encoder
+    model: Encoder | ImageText
 
 
-def read_source(source: str, revision: str | None = None, prefix: str | None = None) -> Source:
+def read_source(
+    source: str, revision: str | None = None, prefix: str | None = None, vision_only: bool = False
+) -> Source:
     """
-    Finds a checkpoint, downloads it if it is on the Hub, and looks for the AIMv2 encoder in it.
+    Finds a checkpoint, downloads it if it is on the Hub, and looks for the AIMv2 model in it.
 
     Args:
         source (`str`): A folder, a `.safetensors` file, an index of such files, or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        prefix (`str`, *optional*): What the names of the encoder's tensors begin with.
+        prefix (`str`, *optional*): What the names of the vision encoder's tensors begin with.
+        vision_only (`bool`, *optional*, defaults to `False`): Whether to leave out what belongs to texts.
 
     Raises:
         ValueError: there is no such checkpoint, the Hub cannot give it, or it is damaged, unsafe or no AIMv2 encoder.
@@ -71,7 +75,10 @@ def read_source(source: str, revision: str | None = None, prefix: str | None = N
     weights = find_weights(path)
     folder = path if path.is_dir() else path.parent
     config = read_json(safe_path(folder, "config.json")) if os.path.lexists(folder / "config.json") else {}
-    return Source(name, repo_id, folder, config, find_encoder(read_checkpoint(weights), config, prefix))
+    tensors = read_checkpoint(weights)
+    vision = find_encoder(tensors, config, prefix)
+    image_text = None if vision_only else find_image_text(vision, tensors, config)
+    return Source(name, repo_id, folder, config, image_text or vision)
 
 
 def local_path(source: str, revision: str | None = None) -> Path | None:
@@ -124,7 +131,7 @@ def require_converted(source: str, revision: str | None = None) -> None:
 
 
 def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
-    """The folder with the weights, configuration, card and licence of a Hub repo, and its commit."""
+    """The folder with the weights, configurations, tokenizer, card and licence of a Hub repo, and its commit."""
     with hub_errors(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
@@ -132,7 +139,7 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
         if files[0].endswith(".json"):
             index = Path(hf_hub_download(repo_id, files[0], revision=info.sha))
             files += sorted(set(read_weight_map(index).values()))
-        wanted = [*files, "*.json", "README.md", "LICENSE*", "WEIGHTS_LICENSE*"]
+        wanted = [*files, "*.json", "merges.txt", "README.md", "LICENSE*", "WEIGHTS_LICENSE*"]
         if CODE_FILES[0].name in names:
             # A converted repo, whose code is compared and not run.
             wanted.append("*.py")

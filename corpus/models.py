@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from corpus.settings import Settings
 
 
-MODEL_TYPE = "aimv2_packing"
+MODEL_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
 
 
 def code_folder() -> str:
@@ -59,9 +59,9 @@ def model_folder(model: str, revision: str | None) -> tuple[str, str | None]:
     if not file.exists():
         raise ValueError(f"`--model` {model} is no model repo: it has no config.json.")
     model_type = json.loads(file.read_bytes()).get("model_type")
-    if model_type != MODEL_TYPE:
+    if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"`--model` {model} has model_type {model_type!r}, expected {MODEL_TYPE!r}. Convert it first: "
+            f"`--model` {model} has model_type {model_type!r}, expected one of {MODEL_TYPES}. Convert it first: "
             f"python convert_weights.py {model} FOLDER, then --model FOLDER."
         )
     return folder, commit
@@ -98,12 +98,19 @@ def hub_folder(model: str, revision: str | None) -> tuple[str, str]:
 
 def load_model(folder: str, settings: Settings):
     """
+    The image-text model for projected features, else the vision tower, which may be a part of one.
+
     Raises:
         ValueError: the weights lack a tensor, which transformers would fill at random.
     """
     disable_progress_bar()
-    model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
-    model, info = model_class.from_pretrained(folder, dtype=getattr(torch, settings.dtype), output_loading_info=True)
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
+    if settings.pooling == "projection":
+        model_class = local_class("image_text_aimv2_packing.Aimv2PackingImageTextModel")
+    else:
+        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        options["key_mapping"] = {r"^vision_model\.": ""}
+    model, info = model_class.from_pretrained(folder, **options)
     if info["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {sorted(info['missing_keys'])[0]}: convert the model again.")
     return model.eval()

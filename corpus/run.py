@@ -22,7 +22,7 @@ from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
 from corpus.settings import Settings, code_hash, config_of, processor_of, weights_of
 from corpus.sink import Sink
-from corpus.stages import default_pooling
+from corpus.stages import check_pooling
 
 
 # Of a batch by default: what fills a GPU, and on a CPU what comes soon.
@@ -94,8 +94,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     """
     folder, commit = model_folder(options.model, options.revision)
     config = local_class("configuration_aimv2_packing.Aimv2PackingConfig").from_pretrained(folder)
-    if options.pooling == "head" and not config.use_head:
-        raise ValueError(f"`--pooling head` needs a model with a head, got {options.model}, which has none: give mean.")
+    pooling = check_pooling(options.pooling, options.model, config_of(folder), config.use_head)
     processor = load_processor(folder, options.max_patches, options.image_size)
     # Settings that do not fit each other show when it is used.
     processor(Image.new("RGB", (processor.patch_size, processor.patch_size)))
@@ -119,7 +118,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         config=config_of(folder),
         processor=processor_of(processor),
         dtype=options.dtype,
-        pooling=options.pooling or default_pooling(config),
+        pooling=pooling,
         patch_features=options.patch_features,
         image_column=options.image_column if is_parquet else None,
         id_column=options.id_column if is_parquet else None,

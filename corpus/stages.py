@@ -102,12 +102,30 @@ def mean(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[
     return torch.segment_reduce(features.float(), "mean", lengths=lengths), features
 
 
+def projection(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = model.get_image_features(hidden_states, grids)
+    return output.pooler_output, output.last_hidden_state
+
+
 # Each gives the embeddings (num_images, embedding_size) and the features of all patches.
-POOLINGS: dict[str, Callable] = {"head": head, "mean": mean}
+POOLINGS: dict[str, Callable] = {"projection": projection, "head": head, "mean": mean}
 
 
-def default_pooling(config: Any) -> str:
-    return "head" if config.use_head else "mean"
+def check_pooling(pooling: str | None, model: str, config: dict[str, Any], use_head: bool) -> str:
+    """
+    The pooling of a run, by default the model's own.
+
+    Raises:
+        ValueError: the model has no such pooling.
+    """
+    is_image_text = "text_config" in config
+    if pooling == "head" and not use_head:
+        raise ValueError(f"`--pooling head` needs a model with a head, got {model}, which has none: give mean.")
+    if pooling == "projection" and not is_image_text:
+        raise ValueError(
+            f"`--pooling projection` needs an image-text model, got {model}, a vision tower: give head or mean."
+        )
+    return pooling or ("projection" if is_image_text else "head" if use_head else "mean")
 
 
 class Encoder:
@@ -127,8 +145,10 @@ class Encoder:
         self.settings = job.settings
         self.device = torch.device(device)
         self.model = load_model(folder, job.settings).to(self.device)
-        hidden_size = self.model.config.hidden_size
-        self.schema = output_schema(hidden_size, job.settings.patch_features, hidden_size)
+        config = self.model.config
+        hidden_size = getattr(config, "vision_config", config).hidden_size
+        embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
+        self.schema = output_schema(embedding_size, job.settings.patch_features, hidden_size)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
         # A device that computes on its own works on one batch while the one before becomes a table.

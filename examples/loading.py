@@ -22,7 +22,7 @@ def check_converted(checkpoint: str) -> None:
     Reads the configuration alone: of a checkpoint that is not converted no code may run.
 
     Raises:
-        FileNotFoundError: `checkpoint` is no folder, and cannot be an id on the Hub.
+        FileNotFoundError: `checkpoint` is no folder and cannot be an id on the Hub, or holds no configuration.
         ValueError: it is not converted.
         OSError: it cannot be read.
     """
@@ -34,7 +34,12 @@ def check_converted(checkpoint: str) -> None:
             f"No such folder: {checkpoint}, and it is no id on the Hub either. Make it by: python "
             f"{REPO}/convert_weights.py SOURCE {checkpoint}"
         )
-    config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(checkpoint)
+    except OSError as error:
+        raise OSError(f"Cannot read the configuration of {checkpoint}: {error}") from error
+    if not config:
+        raise FileNotFoundError(f"{checkpoint} holds no config.json, so it is no converted checkpoint.")
     if config.get("model_type") != "aimv2_packing":
         raise ValueError(
             f"{checkpoint} is not converted: its model type is {config.get('model_type')!r}, not 'aimv2_packing'. "

@@ -21,7 +21,7 @@ import torch
 from loading import PHOTOGRAPHS, REPO
 from tokenizers import pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPTokenizer
+from transformers import AutoModel, AutoProcessor, CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
@@ -48,9 +48,9 @@ def load(checkpoint: str | None):
         text = {**part, "vocab_size": len(tokens), "eos_token_id": tokenizer.eos_token_id}
         model_class = get_class_from_dynamic_module("image_text_aimv2_packing.Aimv2PackingImageTextModel", REPO)
         model = model_class(model_class.config_class(vision_config=part, text_config=text, projection_dim=64))
-        images = AutoImageProcessor.from_pretrained(REPO, trust_remote_code=True, image_size=224)
+        images_class = get_class_from_dynamic_module("image_processing_aimv2_packing.Aimv2PackingImageProcessor", REPO)
         processor_class = get_class_from_dynamic_module("processing_aimv2_packing.Aimv2PackingProcessor", REPO)
-        processor = processor_class(images, tokenizer)
+        processor = processor_class(images_class.from_pretrained(REPO, image_size=224), tokenizer)
     return processor, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="converted checkpoint; without it, a small model with random weights")
     parser.add_argument("--output", type=Path, default=Path("vision-language-model"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
     arguments = parser.parse_args()
     processor, vision = load(arguments.checkpoint)
     # So that from_config and from_pretrained know the tower, whose classes came with the checkpoint.
@@ -127,7 +127,7 @@ def main() -> None:
 
     images = [str(PHOTOGRAPHS / f"{name}.jpg") for name in CAPTIONS]
     # A fixed-resolution checkpoint has its own number of patches.
-    inputs = processor(images, return_tensors="pt", max_patches=256).to(model.device)
+    inputs = processor(images, return_tensors="pt", max_patches=144).to(model.device)
     num_patches = inputs["grid_thw"].prod(dim=1).tolist()
     batch = {**inputs, **batch_of_text(list(CAPTIONS.values()), num_patches)}
     batch = {name: value.to(model.device) for name, value in batch.items()}

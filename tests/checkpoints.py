@@ -46,6 +46,33 @@ def apple(model: torch.nn.Module, prefix: str = "") -> Tensors:
     return {prefix + name: tensor.contiguous() for name, tensor in stored.items()}
 
 
+def apple_image_text(model: torch.nn.Module, prefix: str = "") -> Tensors:
+    """Of transformers' `Aimv2Model`."""
+    stored = apple(model.vision_model, "image_encoder.") | {
+        "image_projector.weight": model.visual_projection.weight.data,
+        "text_projector.weight": model.text_projection.weight.data,
+        "log_logit_scale": model.logit_scale.data,
+    }
+    state = model.text_model.state_dict()
+    text = {
+        "preprocessor.text_embedding.weight": state["embeddings.token_embedding.weight"],
+        "preprocessor.positional_embedding": state["embeddings.position_embedding.weight"],
+        "trunk.post_trunk_norm.weight": state["rms_norm.weight"],
+    }
+    for index in range(model.config.text_config.num_hidden_layers):
+        ours, theirs = f"encoder.layers.{index}.", f"trunk.blocks.{index}."
+        qkv = [state[f"{ours}attention.{name}_proj.weight"] for name in "qkv"]
+        text[f"{theirs}attn.qkv.weight"] = torch.cat(qkv)
+        text[f"{theirs}attn.proj.weight"] = state[f"{ours}attention.out_proj.weight"]
+        text[f"{theirs}mlp.fc1.weight"] = state[f"{ours}ffn.gate_proj.weight"]
+        text[f"{theirs}mlp.fc2.weight"] = state[f"{ours}ffn.down_proj.weight"]
+        text[f"{theirs}mlp.fc3.weight"] = state[f"{ours}ffn.up_proj.weight"]
+        text[f"{theirs}norm_1.weight"] = state[f"{ours}rms_norm1.weight"]
+        text[f"{theirs}norm_2.weight"] = state[f"{ours}rms_norm2.weight"]
+    stored |= {f"text_encoder.{name}": tensor for name, tensor in text.items()}
+    return {prefix + name: tensor.contiguous() for name, tensor in stored.items()}
+
+
 def timm(model: torch.nn.Module, prefix: str = "") -> Tensors:
     """What timm makes of Apple's names."""
     new_names = (
@@ -92,6 +119,25 @@ def apple_config(model: torch.nn.Module) -> dict[str, Any]:
         "torch_dtype": "float32",
     }
     return fields if config.is_native else fields | {"image_size": config.image_size}
+
+
+def apple_image_text_config(model: torch.nn.Module) -> dict[str, Any]:
+    text = model.config.text_config
+    text_fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {
+        "model_type": "aimv2",
+        "architectures": ["AIMv2Model"],
+        "auto_map": {"AutoModel": "modeling_aimv2.AIMv2Model"},
+        "projection_dim": model.config.projection_dim,
+        "vision_config": apple_config(model.vision_model),
+        "text_config": {
+            **{name: getattr(text, name) for name in text_fields},
+            "max_context_length": text.max_position_embeddings,
+            "eos_token_id": text.eos_token_id,
+            "rms_norm_eps": text.rms_norm_eps,
+            "use_bias": False,
+        },
+    }
 
 
 def save(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, shards: int = 1) -> Path:

@@ -88,7 +88,7 @@ def test_apple_lit(tmp_path):
     config = {"model_type": "aimv2", "projection_dim": 4, "text_config": {"hidden_size": 8, "num_attention_heads": 1}}
     config["vision_config"] = checkpoints.apple_config(model)
     source = checkpoints.save(tmp_path / "in", tensors, config)
-    assert_loads(convert(source, tmp_path / "out"), model)
+    assert_loads(convert(source, tmp_path / "out", "--vision-only"), model)
 
 
 @pytest.mark.parametrize("defaults_stated", [True, False], ids=["stated", "left out"])
@@ -106,7 +106,7 @@ def test_transformers_lit_whose_text_encoder_has_the_same_sizes(tmp_path, defaul
         stated = {k: v for k, v in config["vision_config"].items() if k == "model_type" or v != default.get(k)}
         assert "num_attention_heads" not in stated
         (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"vision_config": stated}))
-    assert_loads(convert(tmp_path / "in", tmp_path / "out"), model)
+    assert_loads(convert(tmp_path / "in", tmp_path / "out", "--vision-only"), model)
 
 
 @pytest.mark.parametrize("config", [None, {"architecture": "aimv2_large_patch14_224", "num_classes": 0}])
@@ -121,7 +121,7 @@ def test_timm_classifier_is_left_out(tmp_path, capsys):
     model = reference_model(hidden_size=128, num_attention_heads=1)
     tensors = checkpoints.timm(model) | {"head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}
     assert_loads(convert(checkpoints.save(tmp_path / "in", tensors), tmp_path / "out"), model)
-    assert "Left out 2 tensors" in capsys.readouterr().out
+    assert "Left out of the source: head (2 tensors)." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,8 @@ def test_output_is_a_complete_model_repo(tmp_path):
         "model.safetensors",
         "config.json",
         "preprocessor_config.json",
+        "modules.json",
+        "sentence_bert_config.json",
         *(path.name for path in REPO.glob("*_aimv2_packing.py")),
         "LICENSE",
         "WEIGHTS_LICENSE",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from reference import REPO, apple_forward, random_images, reference_model
 
-from conversion import code_files, verification
+from conversion import code_files, features
 from conversion.checkpoint_formats import find_encoder
 from conversion.code_files import CODE_FILES, origin
 from conversion.safetensors_files import read_checkpoint
@@ -23,7 +23,7 @@ from convert_weights import main, parse_arguments, run
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
-    monkeypatch.setattr(verification, "RANDOM_SIZES", 2)
+    monkeypatch.setattr(features, "RANDOM_SIZES", 2)
 
 
 def save(folder: Path, model: torch.nn.Module) -> Path:
@@ -207,7 +207,7 @@ def test_exit_code(tmp_path):
     source = save(tmp_path / "in", model)
     model.rms_norm.weight.data.mul_(1.5)
     reference = save(tmp_path / "reference", model)
-    photograph = str(verification.PHOTOGRAPHS / "cat.jpg")
+    photograph = str(features.PHOTOGRAPHS / "cat.jpg")
     command = [sys.executable, str(REPO / "convert_weights.py"), str(source), str(tmp_path / "out"), "--verify"]
     command += ["--images", photograph, "--reference", str(reference)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -232,10 +232,10 @@ def test_reference_is_apples_forward(tmp_path):
     rebuilt = type(model).from_pretrained(None, config=encoder.config, state_dict=weights)
     image = random_images([(5, 7)])[0]
     patches = image.reshape(3, 5, 14, 7, 14).permute(1, 3, 0, 2, 4).reshape(35, -1)
-    features = verification.original_features(
+    found = features.original_features(
         rebuilt.eval(), {"hidden_states": patches, "grid_thw": torch.tensor([[1, 5, 7]])}, encoder.config
     )
-    torch.testing.assert_close(features.double(), apple_forward(model, image), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), apple_forward(model, image), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])

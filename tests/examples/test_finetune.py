@@ -15,9 +15,12 @@ import pytest
 
 pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
 
+import PIL.Image
+import torch
 from reference import REPO
 from safetensors.torch import load_file
-from scaling import assert_tensors_close, run_processes
+from scaling import assert_tensors_close, make_model_repo, run_processes
+from transformers import AutoModel, AutoProcessor
 
 
 SCRIPT = REPO / "examples/finetune.py"
@@ -56,6 +59,40 @@ def test_it_learns(one_process: tuple[Path, str]) -> None:
     output, printed = one_process
     assert losses(output)[-1] < losses(output)[0]
     assert re.search(r"accuracy on 359 images: 0\.\d{3}", printed)
+
+
+def test_a_finished_run_does_nothing(one_process: tuple[Path, str]) -> None:
+    output, _ = one_process
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert "has finished its 24 steps" in finish(start(output, *SHORT))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path) -> None:
+    checkpoint, images, output = tmp_path / "checkpoint", tmp_path / "images", tmp_path / "output"
+    make_model_repo(checkpoint, is_native=False, use_head=True)
+    settings = json.loads((checkpoint / "preprocessor_config.json").read_text()) | {"image_size": 28}
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
+    for name in ("cat", "dog", "tree"):
+        (images / name / "more").mkdir(parents=True)
+        for index in range(6):
+            image = PIL.Image.effect_noise((30 + 9 * index, 40), 50)
+            image.save(images / name / ("more" if index % 2 else ".") / f"{index}.png")
+    options = ("--steps", 2, "--images", images, "--checkpoint", checkpoint)
+    assert "accuracy on 3 images" in finish(start(output, *options))
+
+    model = AutoModel.from_pretrained(output, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert list(model.config.id2label.values()) == ["cat", "dog", "tree"] and processor.image_size == 28
+    weights, original = load_file(output / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert weights["classifier.weight"].shape == (3, model.config.hidden_size)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"aimv2_packing.{name}"])
+    scale = original["head.output_proj.weight"].std()
+    moved = (weights["aimv2_packing.head.output_proj.weight"] - original["head.output_proj.weight"]).abs().max()
+    assert 0 < moved < scale, "it begins with the checkpoint and learns"
+    inputs = processor(str(images / "cat" / "0.png"), return_tensors="pt")
+    assert model(**inputs).pooler_output.isfinite().all()
 
 
 def test_killed_run_goes_on_to_the_same_weights(one_process: tuple[Path, str], tmp_path: Path) -> None:

@@ -75,18 +75,12 @@ def test_image_features_are_the_projected_head():
     assert len(features.last_hidden_state) == len(inputs["hidden_states"])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @torch.no_grad()
-def test_a_text_alone_is_as_in_a_padded_batch(attn):
-    reference = reference_image_text_model()
-    model = image_text_model(reference, attn_implementation=attn)
-    expected = reference.get_text_features(**tokenised()).pooler_output
-    for text, features in zip(TEXTS, expected, strict=True):
-        alone = tokenised([text])
-        assert alone["attention_mask"].all()
-        for mask in (alone["attention_mask"], None):
-            outputs = model.get_text_features(alone["input_ids"], mask)
-            torch.testing.assert_close(outputs.pooler_output[0], features, rtol=0, atol=1e-5)
+def test_without_a_mask_a_token_sees_those_before_it():
+    model = image_text_model(reference_image_text_model())
+    texts = tokenised([TEXTS[0]])
+    expected = model.get_text_features(**texts).pooler_output
+    torch.testing.assert_close(model.get_text_features(texts["input_ids"]).pooler_output, expected, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -105,7 +99,7 @@ def test_outputs_as_tuples_and_of_all_layers():
     inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
     outputs = model(**inputs, output_hidden_states=True)
     assert [len(outputs[part].hidden_states) for part in ("vision_model_output", "text_model_output")] == [3, 3]
-    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits_per_image)
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], outputs.logits_per_image)
     features = model.get_image_features(inputs["hidden_states"], inputs["grid_thw"], return_dict=False)
     assert torch.equal(features[1], model.get_image_features(inputs["hidden_states"], inputs["grid_thw"]).pooler_output)
 
@@ -119,6 +113,39 @@ def test_gradients_are_those_of_transformers():
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_attention_of_both_parts_is_chosen_together(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, attn_implementation="eager")
+    parts = (model.vision_model.config, model.text_model.config)
+    assert [part._attn_implementation for part in parts] == ["eager"] * 2
+    model.set_attn_implementation("sdpa")
+    assert [part._attn_implementation for part in parts] == ["sdpa"] * 2
+
+
+@torch.no_grad()
+def test_half_precision(repo):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16).eval()
+    exact = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    inputs = {**tokenised(), **pack(random_images(ODD_GRIDS))}
+    outputs, expected = model(**inputs), exact(**inputs)
+    assert outputs.image_embeds.dtype == torch.bfloat16
+    for name in ("image_embeds", "text_embeds"):
+        assert torch.cosine_similarity(outputs[name].float(), expected[name]).min() > 0.995
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    reference = reference_image_text_model()
+    inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
+    gradients = []
+    for checkpointing in (False, True):
+        model = image_text_model(reference).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs).logits_per_image.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_a_random_model_starts_as_configured():

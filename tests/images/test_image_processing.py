@@ -7,9 +7,9 @@ Without torchvision only the PIL backend is tested. Its wheel is built for CUDA:
 do not load, and describing them to torch's compiler fails, which breaks transformers' image processors. Its Python
 transforms, all that is needed here, run in a folder of their own with that description left out:
 
-    python -m pip install --no-deps --target build/torchvision torchvision==0.28.0
-    : > build/torchvision/torchvision/_meta_registrations.py
-    PYTHONPATH=build/torchvision python -m pytest tests/images
+    python -m pip install --no-deps --target .venv-torchvision torchvision==0.28.0
+    : > .venv-torchvision/torchvision/_meta_registrations.py
+    PYTHONPATH=.venv-torchvision python -m pytest tests/images
 """
 
 import json
