@@ -165,8 +165,12 @@ class Weights:
         return (
             all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.modules))
             and all(map(is_, chain.from_iterable(map(dict.values, self.owners)), self.slots))
-            and list(map(torch.Tensor.data_ptr, self.parameters)) == self.pointers
+            and self.are_in_place()
         )
+
+    def are_in_place(self) -> bool:
+        """Whether the memory of all parameters is where a graph would read it."""
+        return list(map(torch.Tensor.data_ptr, self.parameters)) == self.pointers
 
     def have_changed(self) -> bool:
         """Whether something wrote to a parameter that the engine has a copy of."""
@@ -274,7 +278,9 @@ class Engine:
         self.seen: Counter[tuple] = Counter()
         self.forwards = 0
         self.capture_failure: str | None = None
-        self.dense_works: bool | None = None
+        self.dense_works, self.dense_tried = True, False
+        # Whether the last forward was let in: then the next may start before it is.
+        self.admitted = False
         self.buffers: list[Buffers] = []
         self.tables: dict[int, torch.Tensor] = {}
         self.weights = Weights(model, merge=False)
@@ -466,26 +472,48 @@ class Engine:
             residual.addmm_(states, product.weight.t())
             add_rms_norm(residual, None, norm.weight, norm.eps, out=normed)
 
-    def prefers_dense(self, patches: int, segments: int, length: int) -> bool:
-        """Whether all segments are of one length, and come so often that cuDNN's plan for them pays."""
-        if segments * length != patches or segments > MAX_SEGMENTS or patches * length < DENSE_SCORES:
-            return False
-        if self.dtype == torch.float32 or self.capability < (9, 0) or self.head_dim > 128:
-            return False
-        if self.config._attn_implementation != "sdpa" or not torch.backends.cuda.cudnn_sdp_enabled():
-            return False
-        exact = (segments, length)
-        self.seen[exact] += 1
-        if self.seen[exact] < DENSE_AFTER or self.dense_works is False:
-            return False
-        if self.dense_works is None:
-            row = torch.ones(64, self.config.num_attention_heads, self.head_dim, dtype=self.dtype, device=self.device)
-            try:
-                self.attention(row, 64, 64, length=64)(None, row, row, row)
-                self.dense_works = True
-            except RuntimeError:
-                self.dense_works = False
-        return self.dense_works
+    def may_be_dense(self, patches: int, segments: int, length: int) -> bool:
+        """Whether all segments are of one length, for which cuDNN's dense kernel is the fastest."""
+        return (
+            segments * length == patches
+            and segments <= MAX_SEGMENTS
+            and patches * length >= DENSE_SCORES
+            and self.dtype != torch.float32
+            and self.capability >= (9, 0)
+            and self.head_dim <= 128
+            and self.dense_works
+            and self.config._attn_implementation == "sdpa"
+            and torch.backends.cuda.cudnn_sdp_enabled()
+        )
+
+    def try_dense(self) -> None:
+        """cuDNN need not be there, nor of a version that has this kernel."""
+        row = torch.ones(64, self.config.num_attention_heads, self.head_dim, dtype=self.dtype, device=self.device)
+        try:
+            self.attention(row, 64, 64, length=64)(None, row, row, row)
+        except RuntimeError:
+            self.dense_works = False
+        self.dense_tried = True
+
+    def budget_of(self, patches: int, layout: Any) -> Budget:
+        """The smallest budget that this layout fits; its own where it came often enough to have one."""
+        segments, longest = len(layout.cu_seqlens) - 1, layout.max_seqlen
+        side = 0
+        if self.config.is_native and layout.num_positions is not None:
+            side = power_of_two(layout.num_positions, 128)
+        if self.may_be_dense(patches, segments, longest) and self.seen[segments, longest] >= DENSE_AFTER:
+            return Budget(patches, segments, longest, side, length=longest)
+        return self.budget_for_any(patches, segments, longest, side)
+
+    def budget_for_any(self, patches: int, segments: int, longest: int, side: int) -> Budget:
+        size = padded_size(patches)
+        if self.has_own_attention and self.config._attn_implementation == "sdpa":
+            return Budget(size, size, size, side)
+        return Budget(size, power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256), side)
+
+    def key_of(self, budget: Budget) -> tuple:
+        """What a graph depends on: the kernels that were chosen when it was captured are in it for good."""
+        return budget, self.config._attn_implementation, torch.backends.cuda.matmul.fp32_precision
 
     def graph_for(self, budget: Budget, at_once: bool = False) -> Graph | None:
         """The graph of this budget, not captured yet if it is new; `None` where the forward runs without."""
@@ -495,7 +523,7 @@ class Engine:
         if budget.side == 0 and self.config.is_native:
             # Positions of unknown size, which a table of fixed size would not hold.
             return None
-        key = (budget, self.config._attn_implementation, torch.backends.cuda.matmul.fp32_precision)
+        key = self.key_of(budget)
         graph = self.graphs.get(key)
         if graph is None:
             self.seen[key] += 1
@@ -534,57 +562,78 @@ class Engine:
             self.tables[side] = sincos(positions, self.config.hidden_size // 4).to(self.dtype)
             self.ready.record()
 
-    def budget_of(self, patches: int, segments: int, longest: int, side: int) -> Budget:
-        """The smallest budget for any mix that this one fits."""
-        size = padded_size(patches)
-        if self.has_own_attention and self.config._attn_implementation == "sdpa":
-            return Budget(size, size, size, side)
-        return Budget(size, power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256), side)
+    def run(self, graph: Graph, patches: torch.Tensor, layout: Any, stream: torch.cuda.Stream) -> torch.Tensor | None:
+        """Features of a tensor of their own; `None` where the graph is new and cannot be captured."""
+        if stream != self.graph_stream:
+            stream.wait_event(self.done)
+            self.graph_stream = stream
+        graph.load(patches, layout)
+        if graph.output is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.capture(graph)
+        if graph.output is None:
+            return None
+        graph.graph.replay()
+        output = graph.output[: len(patches)].clone()
+        self.done.record(stream)
+        return output
 
-    def encode(self, patches: torch.Tensor, layout: Any) -> torch.Tensor:
-        stream = torch.cuda.current_stream(self.device)
-        size, segments = len(patches), len(layout.cu_seqlens) - 1
-        side = 0
-        if layout.num_positions is not None and self.config.is_native:
-            side = power_of_two(layout.num_positions, 128)
+    def start(self, patches: torch.Tensor, layout: Any) -> torch.Tensor | None:
+        """`encode`, where there is a graph already and no parameter has moved or been written to."""
+        if self.reason is not None or not self.admitted or patches.device != self.device:
+            return None
         with self.lock:
+            if not self.weights.are_in_place() or self.weights.have_changed():
+                return None
+            graph = self.graphs.get(self.key_of(self.budget_of(len(patches), layout)))
+            if graph is None or graph.output is None:
+                return None
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self.last_stream:
+                stream.wait_event(self.ready)
+                self.last_stream = stream
+            self.admitted = False
+            return self.run(graph, patches, layout, stream)
+
+    def encode(self, patches: torch.Tensor, layout: Any, started: torch.Tensor | None) -> torch.Tensor:
+        stream = torch.cuda.current_stream(self.device)
+        segments = len(layout.cu_seqlens) - 1
+        with self.lock:
+            self.admitted = True
             self.forwards += 1
             if len(self.seen) > 4096:
                 self.seen.clear()
+            if self.may_be_dense(len(patches), segments, layout.max_seqlen):
+                self.seen[segments, layout.max_seqlen] += 1
+            budget = self.budget_of(len(patches), layout)
+            graph = self.graph_for(budget)
+            if started is not None:
+                return started
             if stream != self.last_stream:
                 stream.wait_event(self.ready)
                 self.last_stream = stream
             with torch.inference_mode(False), torch.no_grad():
-                self.position_table(side)
+                if budget.length is not None and not self.dense_tried:
+                    self.try_dense()
+                self.position_table(budget.side)
                 if self.weights.have_changed():
                     stream.wait_event(self.done)
                     self.weights.refresh()
-                    self.ready.record()
-                if self.prefers_dense(size, segments, layout.max_seqlen):
-                    budget = Budget(size, segments, layout.max_seqlen, side, length=layout.max_seqlen)
-                else:
-                    budget = self.budget_of(size, segments, layout.max_seqlen, side)
-                graph = self.graph_for(budget)
-                if graph is not None:
-                    if stream != self.graph_stream:
-                        stream.wait_event(self.done)
-                        self.graph_stream = stream
-                    graph.load(patches, layout)
-                    if graph.output is None:
-                        self.capture(graph)
-            if graph is not None and graph.output is not None:
-                graph.graph.replay()
-                output = graph.output[:size].clone()
-                self.done.record()
-                return output
-        buffers = self.new_buffers(size)
+                    self.ready.record(stream)
+            if graph is not None:
+                output = self.run(graph, patches, layout, stream)
+                if output is not None:
+                    return output
+        buffers = self.new_buffers(len(patches))
         buffers.patches[:, : patches.shape[1]].copy_(patches)
         lengths = layout.lengths if segments > MAX_SEGMENTS else ()
-        attend = self.attention(layout.cu_seqlens, size, layout.max_seqlen, budget.length, lengths)
-        return self.forward(buffers, position_tensors(layout), side, attend)
+        length = budget.length if self.dense_works else None
+        attend = self.attention(layout.cu_seqlens, len(patches), layout.max_seqlen, length, lengths)
+        return self.forward(buffers, position_tensors(layout), budget.side, attend)
 
     def capture_ahead(self, lengths: Sequence[int]) -> None:
-        budget = self.budget_of(sum(lengths), len(lengths), max(lengths), 128 if self.config.is_native else 0)
+        side = 128 if self.config.is_native else 0
+        budget = self.budget_for_any(sum(lengths), len(lengths), max(lengths), side)
         with self.lock:
             self.position_table(budget.side)
             graph = self.graph_for(budget, at_once=True)
@@ -633,14 +682,30 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> str |
     return engine.reason
 
 
-def encode(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> torch.Tensor:
+def start(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> tuple[Engine, torch.Tensor] | None:
+    """
+    Starts a forward that is likely to be let in, before anyone has looked whether it may be: the GPU works meanwhile.
+    To be handed to `encode`, or dropped. `None` where there is no graph for it, or the forward before was not let in.
+    """
+    engine = engines.get(model)
+    if engine is None or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+        return None
+    with torch.cuda.device(engine.device):
+        output = engine.start(hidden_states, layout)
+    return None if output is None else (engine, output)
+
+
+def encode(
+    model: nn.Module, hidden_states: torch.Tensor, layout: Any, started: tuple[Engine, torch.Tensor] | None = None
+) -> torch.Tensor:
     """
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
     norm, in the dtype of the weights; a tensor of its own, not one that the next forward writes to.
     """
     engine = engines[model]
+    output = started[1] if started is not None and started[0] is engine else None
     with torch.cuda.device(engine.device):
-        return engine.encode(hidden_states, layout)
+        return engine.encode(hidden_states, layout, output)
 
 
 def configure(model: nn.Module, **changes: Any) -> None:

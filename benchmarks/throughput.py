@@ -6,14 +6,16 @@ repetitions of all candidates interleaved, ratios per repetition, medians of tho
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --best
     python benchmarks/throughput.py --train                      # forward and backward
 
-On a GPU `--best` measures the peers as fast as they get, too: their blocks compiled, and the whole forward in a CUDA
-graph of this one batch, whose inputs need not even be copied. The limit is the layers' products, query, key and value
-merged and gate and up merged, and the fastest attention kernel for these images, with nothing between them.
+On a GPU `--best` measures the peers as fast as they get, too: with compiled blocks, and timm's whole forward in a CUDA
+graph of this one batch, whose inputs need not even be copied; transformers' cannot be captured. The limit is the
+layers' products, query, key and value merged and gate and up merged, and the fastest attention kernel for these images,
+with nothing between them.
 
 Writes one JSON file and one PNG plot per run to `--output`.
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -25,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -125,7 +127,7 @@ class Candidates:
         reference, packed, compiled, older = models
         patch_size = reference.config.patch_size
         self.reference, self.packed = reference, packed
-        self.peer_blocks: list[torch.nn.Module] = []
+        self.timm_blocks: list[torch.nn.Module] = []
         self.images = [
             torch.randn(3, height * patch_size, width * patch_size, device=args.device, dtype=reference.dtype)
             for height, width in grids
@@ -150,12 +152,12 @@ class Candidates:
         self.forwards["grouped"] = lambda: (reference(images) for images in self.groups)
         tall, wide = max(height for height, _ in grids), max(width for _, width in grids)
         if tall * wide * len(grids) <= args.max_padding * len(self.patches):
-            padded = torch.zeros(
+            self.padded = torch.zeros(
                 len(grids), 3, tall * patch_size, wide * patch_size, device=args.device, dtype=reference.dtype
             )
             for index, image in enumerate(self.images):
-                padded[index, :, : image.shape[1], : image.shape[2]] = image
-            self.forwards["padded"] = lambda: (reference(images) for images in (padded,))
+                self.padded[index, :, : image.shape[1], : image.shape[2]] = image
+            self.forwards["padded"] = lambda: (reference(images) for images in (self.padded,))
         if find_spec("timm") and find_spec("torchvision"):
             if len(self.groups) == 1 and grids[0][0] == grids[0][1]:
                 self.forwards["timm"] = self.timm_forward(grids[0][0] * patch_size)
@@ -163,18 +165,27 @@ class Candidates:
             if longest * len(grids) <= args.max_padding * len(self.patches):
                 self.forwards["naflex"] = self.naflex_forward(grids)
         if args.best:
-            del self.forwards["looped"]
-            peers = [name for name in self.forwards if name in ("grouped", "padded", "timm", "naflex")]
-            blocks = [*reference.encoder.layers, *chain.from_iterable(self.peer_blocks)]
-            for name in peers:
-                self.forwards[f"{name} graph"] = in_graph(self.forwards[name])
-            torch._dynamo.reset()
-            for block in blocks:
-                block.compile()
-            for name in peers:
-                self.forwards[f"{name} compiled graph"] = in_graph(self.forwards[name])
-            for block in blocks:
-                block._compiled_call_impl = None
+            self.add_best_peers()
+
+    def add_best_peers(self) -> None:
+        """The same with compiled blocks; timm's, which allow it, also in CUDA graphs."""
+        del self.forwards["looped"]
+        torch._dynamo.reset()
+        compiled = copy.deepcopy(self.reference)
+        for block in compiled.encoder.layers:
+            block.compile()
+        self.forwards["grouped compiled"] = lambda: (compiled(images) for images in self.groups)
+        if "padded" in self.forwards:
+            self.forwards["padded compiled"] = lambda: (compiled(images) for images in (self.padded,))
+        timm = [name for name in ("timm", "naflex") if name in self.forwards]
+        for name in timm:
+            self.forwards[f"{name} graph"] = in_graph(self.forwards[name])
+        for block in self.timm_blocks:
+            block.compile()
+        for name in timm:
+            self.forwards[f"{name} compiled graph"] = in_graph(self.forwards[name])
+        for block in self.timm_blocks:
+            block._compiled_call_impl = None
 
     def packed_forward(self, packed, attn: str, checkpointing: bool = False) -> Forward:
         def run():
@@ -200,7 +211,7 @@ class Candidates:
             num_classes=0,
         )
         model = model.to(self.patches.device, self.reference.dtype).eval()
-        self.peer_blocks.append(model.blocks)
+        self.timm_blocks += model.blocks
         return lambda: (model.forward_features(images) for images in self.groups)
 
     def naflex_forward(self, grids: list[Grid]) -> Forward:
@@ -223,7 +234,7 @@ class Candidates:
             use_key_only_attn_mask=True,
         )
         model = NaFlexVit(geometry, num_classes=0).to(self.patches.device, self.reference.dtype).eval()
-        self.peer_blocks.append(model.blocks)
+        self.timm_blocks += model.blocks
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         patches = self.patches.split([height * width for height, width in grids])
         coordinates = [
