@@ -14,6 +14,7 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2Output
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
+from .layout_aimv2_packing import kind_of
 from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
 
 
@@ -113,7 +114,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             the text encoder's.
 
         Raises:
-            ValueError: the tokens have the wrong shape or dtype, or are too many.
+            ValueError: the tokens have the wrong shape or dtype, or are too many; the mask has another shape.
         """
         outputs = self.text_model(input_ids, self._text_mask(input_ids, attention_mask), **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -126,19 +127,23 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             or input_ids.ndim != 2
             or input_ids.dtype not in (torch.int32, torch.int64)
         ):
-            given = (
-                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-                if isinstance(input_ids, torch.Tensor)
-                else type(input_ids).__name__
+            raise ValueError(
+                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {kind_of(input_ids)}."
             )
-            raise ValueError(f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {given}.")
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
                 f"`input_ids` must hold at most {longest} tokens per text, got {input_ids.shape[1]}: call the "
                 f"processor with `truncation=True, max_length={longest}`."
             )
-        return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if attention_mask is None:
+            return torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        return attention_mask
 
     @can_return_tuple
     def forward(

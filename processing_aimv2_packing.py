@@ -16,7 +16,7 @@ class Aimv2PackingProcessor(ProcessorMixin):
     `text_kwargs`.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+    def __init__(self, image_processor, tokenizer):
         super().__init__(image_processor, tokenizer)
 
     @classmethod

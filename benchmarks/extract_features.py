@@ -1,19 +1,23 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What Ray costs: `extract_features.py` against a plain loop over the same stages, images and packed batches in one
-process, repetitions of both interleaved.
+What a corpus run costs beside the encoder: `extract_features.py`, in process and on Ray, against a plain loop over the
+same packed batches and against the encoder alone, repetitions interleaved.
 
     python benchmarks/extract_features.py                        # AIMv2-L width, 6 layers, on the CPU
-    python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --images 4000     # on a GPU
+    python benchmarks/extract_features.py --images 310 --layers 2 --width 256      # small: start-up counts
+    python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --images 20000 --patches-per-batch 65536    # GPU
 
-The loop is timed once the model is loaded. Ray is timed from its first finished file to its last, which leaves out its
-start (reported apart) and keeps everything that goes on for as long as the corpus lasts.
+Rates leave start-up out: the command's is from its first batch to its last, the loop's begins when its model is loaded.
+`total` is the time of everything but imports, in the same process for the loop and the command.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,20 +35,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from extract_features import (  # noqa: E402
-    FILES_PER_BLOCK,
-    UNFINISHED,
-    DoneIds,
-    Encoder,
-    Preprocessor,
-    Settings,
-    list_input,
-    read,
-    write,
-)
+from corpus.options import Options  # noqa: E402
+from corpus.run import run  # noqa: E402
 
 
-PATCHES_PER_BATCH = 16384
+def local_class(name: str):
+    return get_class_from_dynamic_module(name, str(REPO))
 
 
 def make_corpus(folder: Path, count: int) -> None:
@@ -62,92 +58,155 @@ def make_corpus(folder: Path, count: int) -> None:
         photograph.crop((left, top, left + width, top + height)).save(folder / f"{index:06}.jpg", quality=90)
 
 
-def make_model(folder: Path, layers: int) -> None:
-    model_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
-    model_class(model_class.config_class(is_native=True, num_hidden_layers=layers, use_head=False)).save_pretrained(
-        folder
+def make_model(folder: Path, layers: int, width: int) -> None:
+    model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+    config = model_class.config_class(
+        is_native=True,
+        use_head=False,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_attention_heads=max(1, width // 128),
     )
+    model_class(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_bytes((REPO / "preprocessor_config.json").read_bytes())
 
 
-def plain_loop(settings: Settings, output: Path) -> tuple[int, float]:
-    """Patches, and seconds of reading, preprocessing, encoding and writing in turn."""
-    kind, files = list_input(settings.input)
-    preprocess, encode = Preprocessor(settings), Encoder(settings, PATCHES_PER_BATCH, os.cpu_count() or 1)
-    (output / UNFINISHED).mkdir(parents=True)
-    patches, start = 0, time.perf_counter()
-    for first in range(0, len(files), FILES_PER_BLOCK):
-        part = files[first : first + FILES_PER_BLOCK]
-        table = pa.table({"path": [os.fsencode(path) for path, _ in part], "name": [name for _, name in part]})
-        for images in read(table, kind, settings, DoneIds([])):
-            rows = [features for block in preprocess(images) for features in encode(block)]
-            patches += write(pa.concat_tables(rows), str(output))["patches"][0].as_py()
-    return patches, time.perf_counter() - start
+class Loop:
+    """What one writes by hand: read, preprocess, pack, encode, keep the means, write one file."""
+
+    def __init__(self, model: Path, dtype: str, device: str, budget: int):
+        self.processor = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessor").from_pretrained(model)
+        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        self.model = model_class.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        self.dtype, self.device, self.budget = getattr(torch, dtype), device, budget
+        self.patches = 0
+
+    @torch.inference_mode()
+    def encode(self, hidden_states: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        features = self.model(hidden_states.to(self.device), grids).last_hidden_state.float()
+        return torch.segment_reduce(features, "mean", lengths=grids.prod(1).to(self.device))
+
+    def batches(self, files: list[Path]):
+        batch: list = []
+        room = self.budget
+        for file in files:
+            inputs = self.processor(Image.open(file), return_tensors="pt")
+            if batch and len(inputs["hidden_states"]) > room:
+                yield self.packed(batch)
+                batch, room = [], self.budget
+            batch.append(inputs)
+            room -= len(inputs["hidden_states"])
+        yield self.packed(batch)
+
+    def packed(self, batch: list) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([i["hidden_states"] for i in batch]).to(self.dtype), torch.cat([i["grid_thw"] for i in batch])
+
+    def __call__(self, folder: Path, output: Path) -> None:
+        files = sorted(folder.iterdir())
+        vectors = []
+        for hidden_states, grids in self.batches(files):
+            vectors.append(self.encode(hidden_states, grids).cpu().numpy())
+            self.patches += len(hidden_states)
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors).reshape(-1)), vectors[0].shape[1])
+        pq.write_table(pa.table({"id": [file.name for file in files], "embedding": rows}), output)
+
+    def encoder_rate(self, folder: Path, seconds: float = 10) -> float:
+        """Patches per second of the model alone, on batches that are on the device already."""
+        batches = []
+        for hidden_states, grids in self.batches(sorted(folder.iterdir())[:2000]):
+            batches.append((hidden_states.to(self.device), grids))
+            if len(batches) == 8:
+                break
+        patches = sum(len(hidden_states) for hidden_states, _ in batches)
+        for hidden_states, grids in batches:
+            self.encode(hidden_states, grids)
+        rounds, start = 0, self.now()
+        while rounds == 0 or self.now() - start < seconds:
+            for hidden_states, grids in batches:
+                self.encode(hidden_states, grids)
+            rounds += 1
+        return patches * rounds / (self.now() - start)
+
+    def now(self) -> float:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def on_ray(settings: Settings, output: Path, workers: int, rows_per_file: int) -> tuple[float, float]:
-    """Patches per second between the first and the last finished file, and seconds before the first."""
-    arguments = [
-        "--model",
-        settings.model,
-        "--input",
-        settings.input,
-        "--output",
-        str(output),
-        "--dtype",
-        settings.dtype,
-    ]
-    arguments += ["--num-workers", str(workers), "--rows-per-file", str(rows_per_file)]
-    start = time.time()
-    subprocess.run([sys.executable, str(REPO / "extract_features.py"), *arguments], check=True, capture_output=True)
-    files = sorted(output.glob("*.parquet"), key=lambda file: file.stat().st_mtime)
-    patches = [sum(int(np.prod(grid)) for grid in pq.read_table(file)["grid_thw"].to_pylist()) for file in files]
-    first, last = files[0].stat().st_mtime, files[-1].stat().st_mtime
-    return sum(patches[1:]) / (last - first), first - start
+def printed_rate(printed: str) -> float:
+    found = re.search(r"([\d,]+) patches/s from the first batch", printed)
+    return float(found[1].replace(",", "")) if found else float("nan")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Overhead of Ray Data over a plain loop.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--patches-per-batch", type=int, default=4096)
+    parser.add_argument("--ray-workers", type=int, default=1, help="0: without Ray")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
 
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         model, corpus = Path(folder, "model"), Path(folder, "corpus")
-        make_model(model, arguments.layers)
+        make_model(model, arguments.layers, arguments.width)
         make_corpus(corpus, arguments.images)
-        settings = Settings(
-            model=str(model),
-            input=str(corpus),
-            image_column="image",
-            id_column=None,
-            pooling="mean",
-            dtype=arguments.dtype,
-            patch_features=None,
-        )
-        os.chdir(REPO)
-        # As many as Ray gets at once, so that a file is finished when its images are encoded, not before.
-        rows_per_file = max(1, min(FILES_PER_BLOCK, arguments.images // (4 * arguments.workers)))
-        runs = []
+        budget = arguments.patches_per_batch
+        encoder_rate = Loop(model, arguments.dtype, arguments.device, budget).encoder_rate(corpus)
+        print(f"encoder alone {encoder_rate:,.0f} patches/s", flush=True)
         for repetition in range(arguments.repetitions):
-            patches, seconds = plain_loop(settings, Path(folder, f"plain{repetition}"))
-            rate, startup = on_ray(settings, Path(folder, f"ray{repetition}"), arguments.workers, rows_per_file)
-            runs.append(
-                {"plain": patches / seconds, "ray": rate, "ratio": rate * seconds / patches, "startup": startup}
-            )
-            print(
-                f"plain {patches / seconds:.0f} patches/s, Ray {rate:.0f} patches/s, ratio {runs[-1]['ratio']:.3f}; "
-                f"{startup:.0f} s until Ray's first file"
-            )
-    ratio = statistics.median(run["ratio"] for run in runs)
-    print(f"{arguments.images} images, {patches} patches, {os.cpu_count()} CPUs: median ratio {ratio:.3f}")
+            start = time.perf_counter()
+            loop = Loop(model, arguments.dtype, arguments.device, budget)
+            loaded = time.perf_counter()
+            loop(corpus, Path(folder, f"loop{repetition}.parquet"))
+            end = time.perf_counter()
+            figures = {"loop": loop.patches / (end - loaded), "loop_total": end - start}
+            del loop
+
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                start = time.perf_counter()
+                run(
+                    Options(
+                        model=str(model),
+                        input=[str(corpus)],
+                        output=str(Path(folder, f"process{repetition}")),
+                        dtype=arguments.dtype,
+                        device=arguments.device,
+                        patches_per_batch=budget,
+                    )
+                )
+                figures["process_total"] = time.perf_counter() - start
+            figures["process"] = printed_rate(printed.getvalue())
+
+            if arguments.ray_workers:
+                options = ["--model", model, "--input", corpus, "--output", Path(folder, f"ray{repetition}")]
+                options += ["--dtype", arguments.dtype, "--patches-per-batch", budget]
+                options += ["--num-workers", arguments.ray_workers]
+                command = [sys.executable, str(REPO / "extract_features.py"), *map(str, options)]
+                start = time.perf_counter()
+                result = subprocess.run(command, check=True, capture_output=True, text=True)
+                figures |= {"ray": printed_rate(result.stdout), "ray_total": time.perf_counter() - start}
+            runs.append(figures)
+            print(", ".join(f"{name} {value:,.1f}" for name, value in figures.items()), flush=True)
+
+    medians = {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
+    print(f"{arguments.images} images, {os.cpu_count()} CPUs, {arguments.device}; medians:")
+    print(f"in process: {medians['process'] / medians['loop']:.3f} of the loop, ", end="")
+    print(f"{medians['process'] / encoder_rate:.3f} of the encoder alone, ", end="")
+    print(f"total {medians['process_total'] / medians['loop_total']:.2f} times the loop's")
+    if arguments.ray_workers:
+        print(
+            f"on Ray: {medians['ray'] / medians['loop']:.3f} of the loop, {medians['ray'] / encoder_rate:.3f} of the encoder"
+        )
     if arguments.output:
-        figures = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__, "runs": runs}
-        arguments.output.write_text(json.dumps(figures, indent=2))
+        figures = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__}
+        arguments.output.write_text(json.dumps({**figures, "encoder": encoder_rate, "runs": runs}, indent=2))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def hub_folder(model: str, revision: str | None) -> tuple[str, str]:
         validate_repo_id(model)
     except HFValidationError:
         raise ValueError(f"`--model` {model} is no folder, and no id of the Hub.") from None
+    reason = ""
     try:
         # One short question, because a download asks an unreachable Hub again and again.
         commit = HfApi().model_info(model, revision=revision, timeout=10).sha
@@ -82,17 +83,15 @@ def hub_folder(model: str, revision: str | None) -> tuple[str, str]:
             "spelling, or log in with `hf auth login`."
         ) from error
     except Exception as error:
-        commit = None
-        unreachable = error
+        commit, reason = None, type(error).__name__
     patterns = ["*.json", "*.safetensors"]
     try:
         folder = snapshot_download(
             model, revision=commit or revision, allow_patterns=patterns, local_files_only=commit is None
         )
-    except LocalEntryNotFoundError:
-        raise ValueError(
-            f"`--model` {model} is no folder, and the Hub cannot be reached ({type(unreachable).__name__})."
-        ) from None
+    except LocalEntryNotFoundError as error:
+        reason = reason or type(error.__cause__ or error).__name__
+        raise ValueError(f"`--model` {model} is no folder, and the Hub cannot be reached ({reason}).") from None
     return folder, commit or os.path.basename(folder)
 
 

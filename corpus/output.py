@@ -75,6 +75,9 @@ class Output:
 
     def files(self) -> list[str]:
         self.fs.invalidate_cache()
+        # An object store has no empty folders.
+        if not self.fs.exists(self.path):
+            return []
         names = (name.rsplit("/", 1)[-1] for name in self.fs.ls(self.path, detail=False))
         return sorted(name for name in names if name.endswith(".parquet") and not name.startswith(("_", ".")))
 
@@ -156,7 +159,6 @@ class Output:
     def remove_unfinished(self) -> None:
         folder = f"{self.path}/{UNFINISHED}"
         self.fs.invalidate_cache()
-        # An object store has no empty folders.
         if self.fs.exists(folder):
             for file in self.fs.find(folder):
                 self.fs.rm_file(file)

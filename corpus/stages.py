@@ -203,6 +203,4 @@ class Encoder:
 
 def check(name: str, found: Any, expected: Any) -> None:
     if found != expected:
-        raise ValueError(
-            f"The {name} of the model found by a worker are not those of the run, which was begun with others."
-        )
+        raise ValueError(f"A worker found a model whose {name} is not that of the run: it must be the same everywhere.")

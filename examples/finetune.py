@@ -27,14 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from folder_features import image_files
-from loading import REPO, check_converted, run
+from loading import REPO, check_converted, load, run
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -219,6 +220,21 @@ def finished(output: Path, steps: int) -> bool:
     return state.is_file() and json.loads(state.read_text())["global_step"] >= steps
 
 
+def make_start(folder: Path, checkpoint: str | None, labels: dict) -> None:
+    """The model to begin with, in float32: the encoder of a checkpoint, or random weights, and a new classifier."""
+    if checkpoint is None:
+        model = Aimv2PackingForImageClassification(Aimv2PackingConfig(**SMALL, **labels))
+    else:
+        _, encoder = load(checkpoint)
+        config = Aimv2PackingConfig.from_dict({**encoder.config.to_dict(), **labels, "dtype": "float32"})
+        model = Aimv2PackingForImageClassification(config)
+        model.aimv2_packing.load_state_dict(encoder.state_dict())
+    # Renamed at the end: a killed run leaves no half of it.
+    unfinished = folder.with_name("initial.unfinished")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
 def make_model_repo(output: Path, processor) -> None:
     """Puts the code, the processor and the way to them beside the weights that Trainer has saved."""
     for file in Path(REPO).glob("*_aimv2_packing.py"):
@@ -240,7 +256,7 @@ def main() -> None:
     else:
         # The small model sees small images.
         bounds = {"min_patches": 9, "max_patches": 256 if arguments.images else 36}
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint or REPO, trust_remote_code=True, **bounds)
+    processor = AutoImageProcessor.from_pretrained(arguments.checkpoint or REPO, trust_remote_code=True, **bounds)
     if arguments.images:
         train_dataset, test_dataset = (ClassFolders(processor, train, arguments.images) for train in (True, False))
     else:
@@ -271,14 +287,12 @@ def main() -> None:
         "id2label": dict(enumerate(train_dataset.classes)),
         "label2id": {name: index for index, name in enumerate(train_dataset.classes)},
     }
-    start = arguments.checkpoint
-    if start is None:
-        start = arguments.output / "initial"
-        with training.main_process_first():
-            if not start.exists():
-                Aimv2PackingForImageClassification(Aimv2PackingConfig(**SMALL, **labels)).save_pretrained(start)
+    start = arguments.output / "initial"
+    with training.main_process_first():
+        if not start.exists():
+            make_start(start, arguments.checkpoint, labels)
     distributed = {"distributed_config": DistributedConfig(fsdp_size=training.world_size)} if arguments.fsdp else {}
-    model = Aimv2PackingForImageClassification.from_pretrained(start, **labels, **distributed)
+    model = Aimv2PackingForImageClassification.from_pretrained(start, **distributed)
 
     trainer = PackedTrainer(
         model,

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import httpx
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+# transformers 5.15 without torchvision exports only a placeholder under the top-level name.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 REPO = str(Path(__file__).resolve().parent.parent)
 PHOTOGRAPHS = Path(REPO) / "examples" / "photographs"
+# The second holds the first as its vision tower.
+MODEL_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -40,23 +45,28 @@ def check_converted(checkpoint: str) -> None:
         raise OSError(f"Cannot read the configuration of {checkpoint}: {error}") from error
     if not config:
         raise FileNotFoundError(f"{checkpoint} holds no config.json, so it is no converted checkpoint.")
-    if config.get("model_type") != "aimv2_packing":
+    if config.get("model_type") not in MODEL_TYPES:
         raise ValueError(
-            f"{checkpoint} is not converted: its model type is {config.get('model_type')!r}, not 'aimv2_packing'. "
-            f"Convert it by: python {REPO}/convert_weights.py {checkpoint} OUTPUT"
+            f"{checkpoint} is not converted: its model type is {config.get('model_type')!r}, and none of "
+            f"{', '.join(MODEL_TYPES)}. Convert it by: python {REPO}/convert_weights.py {checkpoint} OUTPUT"
         )
 
 
 def load(checkpoint: str | None):
-    """Processor and model of a converted checkpoint; without one, a small model whose random weights say nothing."""
+    """
+    Image processor and vision encoder of a converted checkpoint; without one, a small model whose random weights say
+    nothing.
+    """
     if checkpoint:
         check_converted(checkpoint)
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+        # Of an image-text checkpoint, the vision tower.
+        model = getattr(model, "vision_model", model)
     else:
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(REPO, trust_remote_code=True, **SMALL)
         model = AutoModel.from_config(config, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(checkpoint or REPO, trust_remote_code=True)
+    processor = AutoImageProcessor.from_pretrained(checkpoint or REPO, trust_remote_code=True)
     return processor, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -24,9 +24,10 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from image_text_checkpoints import reference_image_text_model
 from PIL import Image
 from reference import reference_model
-from transformers import Aimv2VisionConfig, Aimv2VisionModel
+from transformers import Aimv2Config, Aimv2Model, Aimv2VisionConfig, Aimv2VisionModel
 
 from convert_weights import parse_arguments, run
 
@@ -34,6 +35,9 @@ from convert_weights import parse_arguments, run
 # So small that the header is a good part of the file, and every byte is hit sooner or later.
 MODEL = reference_model(hidden_size=8, intermediate_size=4, patch_size=2, image_size=4, is_native=False)
 CONFIG = checkpoints.apple_config(MODEL)
+IMAGE_TEXT_MODEL = reference_image_text_model(vision={"num_hidden_layers": 1}, projection_dim=4)
+IMAGE_TEXT = checkpoints.apple_image_text(IMAGE_TEXT_MODEL)
+IMAGE_TEXT_CONFIG = checkpoints.apple_image_text_config(IMAGE_TEXT_MODEL)
 FORMATS: dict[str, Callable] = {
     "apple": checkpoints.apple,
     "timm": checkpoints.timm,
@@ -274,6 +278,55 @@ def test_true_headers_of_other_tensors(checkpoint_format, data, configured):
         if not configured:
             (source / "config.json").unlink()
         convert_or_refuse(source, checkpoint_format)
+
+
+@given(data=st.data(), configured=st.booleans())
+@BOUNDED
+def test_image_text_checkpoints_of_other_tensors(data, configured):
+    """What is damaged is refused; what is converted holds every tensor, and transformers' model takes them all."""
+    with TemporaryDirectory() as temporary:
+        source = checkpoints.save(Path(temporary).resolve() / "in", IMAGE_TEXT, IMAGE_TEXT_CONFIG)
+        path, output = source / "model.safetensors", source.parent / "out"
+        tensors = read_file(path)
+        for _ in range(data.draw(st.integers(0, 2))):
+            name = data.draw(st.sampled_from([name for name in sorted(tensors) if "image_encoder" not in name]))
+            change = data.draw(st.sampled_from(["shape", "empty", "dtype", "drop", "rename"]))
+            tensor = tensors[name]
+            if change == "shape":
+                tensors[name] = tensor._replace(shape=[*data.draw(st.permutations(tensor.shape)), 1][::-1])
+            elif change == "empty":
+                shape = data.draw(st.lists(odd_integers.filter(lambda x: 0 <= x < 1 << 64), max_size=3))
+                tensors[name] = Stored(tensor.dtype, [*shape, 0][:: data.draw(st.sampled_from([1, -1]))], b"")
+            elif change == "dtype":
+                dtype = data.draw(st.sampled_from(sorted(ITEM_BYTES)))
+                tensors[name] = Stored(dtype, tensor.shape, bytes(math.prod(tensor.shape) * ITEM_BYTES[dtype]))
+            else:
+                del tensors[name]
+                if change == "rename":
+                    tensors[data.draw(st.sampled_from([name.replace("0", "1"), name + ".x"]))] = tensor
+        write_tensors(path, tensors)
+        if configured:
+            fields = IMAGE_TEXT_CONFIG["text_config"] | data.draw(
+                st.dictionaries(st.sampled_from(sorted(IMAGE_TEXT_CONFIG["text_config"])), json_values, max_size=2)
+            )
+            (source / "config.json").write_text(json.dumps(IMAGE_TEXT_CONFIG | {"text_config": fields}))
+        try:
+            run(parse_arguments([str(source), str(output)]))
+        except (ValueError, OSError) as error:
+            assert str(source) in str(error) or "AIMv2 vision encoder" in str(error), repr(error)
+            assert os.listdir(source.parent) == ["in"]
+            event("refused")
+            return
+        written = read_file(output / "model.safetensors")
+        if "visual_projection.weight" in written:
+            event("image and text")
+            config = Aimv2Config(**json.loads((output / "config.json").read_bytes()))
+            with torch.device("meta"):
+                expected = Aimv2Model(config).state_dict()
+            assert {k: tuple(x.shape) for k, x in written.items()} == {k: tuple(x.shape) for k, x in expected.items()}
+            assert sum(len(x.data) for x in written.values()) == sum(len(x.data) for x in tensors.values())
+        else:
+            assert not {"image_projector.weight", "log_logit_scale"} & tensors.keys()
 
 
 @given(checkpoint_format=formats, data=st.data())

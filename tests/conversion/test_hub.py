@@ -6,16 +6,19 @@ imported, so each step runs in a process of its own with a fresh cache.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoints
 import pytest
 import torch
 from hub_server import Hub, stored
+from image_text_checkpoints import TEXTS, clip_tokenizer, reference_image_text_model
 from reference import REPO, pack, packing_model, random_images, reference_model
 from safetensors.torch import load_file, save_file
 
@@ -182,6 +185,54 @@ def test_interrupted_upload_and_rerun(hub, tmp_path, source):
     assert [x for x in commits[2].files if "safetensors" in x] == ["model.safetensors"], "other shards are gone"
 
 
+def test_image_text_repo_there_and_back(hub, tmp_path):
+    model = reference_image_text_model()
+    whole = checkpoints.save(
+        tmp_path / "source", checkpoints.apple_image_text(model), checkpoints.apple_image_text_config(model)
+    )
+    clip_tokenizer().save_pretrained(whole)
+    files = {path.name: path.read_bytes() for path in whole.iterdir()} | {"trap.py": b"raise SystemExit"}
+    hub.add_repo("apple/aimv2-tiny-lit", files)
+    command = ["apple/aimv2-tiny-lit", tmp_path / "out", "--push-to-hub", "alice/lit"]
+    pushed = converter(hub, tmp_path / "a", *command)
+    assert pushed.returncode == 0, pushed.stderr
+    images = random_images([(4, 4), (4, 4)])
+    texts = clip_tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(pixel_values=torch.stack(images), **texts)
+        vision = model.vision_model(torch.stack(images)).pooler_output
+    tensors = {"logits": expected.logits_per_image.contiguous(), "vision": vision, "texts": expected.text_embeds}
+    save_file({**pack(images), **texts, **tensors}, tmp_path / "inputs")
+    loaded = client(
+        hub,
+        tmp_path / "b",
+        """
+        import sys
+        import torch
+        from safetensors.torch import load_file
+        from sentence_transformers import SentenceTransformer
+        from transformers import AutoModel
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        batch = load_file(sys.argv[1])
+        logits, vision, texts = (batch.pop(name) for name in ("logits", "vision", "texts"))
+        torch.set_grad_enabled(False)
+        model = AutoModel.from_pretrained("alice/lit", trust_remote_code=True)
+        torch.testing.assert_close(model(**batch).logits_per_image, logits, rtol=0, atol=1e-5)
+        patches = {name: batch[name] for name in ("hidden_states", "grid_thw")}
+        torch.testing.assert_close(model.vision_model(**patches).pooler_output, vision, rtol=0, atol=1e-5)
+        encoder = SentenceTransformer("alice/lit", trust_remote_code=True, device="cpu")
+        vectors = encoder.encode(sys.argv[2:], convert_to_tensor=True, normalize_embeddings=True)
+        torch.testing.assert_close(vectors, texts, rtol=0, atol=1e-5)
+        print("loaded")
+        """,
+        tmp_path / "inputs",
+        *TEXTS,
+    )
+    assert "loaded" in loaded.stdout, loaded.stderr
+    assert not list((tmp_path / "a").rglob("trap.py"))
+
+
 def test_same_command_again_after_a_broken_upload(hub, tmp_path, source):
     command = [source, tmp_path / "out", "--dtype", "bfloat16", "--push-to-hub", "alice/aimv2"]
     no_waits = "import time; time.sleep = lambda seconds: None"
@@ -210,27 +261,75 @@ def test_another_conversion_is_not_uploaded_in_place_of_this(tmp_path, source, m
             convert(changed, tmp_path / "out", *arguments, "--push-to-hub", "alice/aimv2")
 
 
+COMMANDS = """
+    import os
+    import sys
+    from convert_weights import main
+
+    for token, *arguments in {commands!r}:
+        os.environ["HF_TOKEN"] = token
+        sys.argv = ["convert_weights.py", *arguments]
+        print("-----", file=sys.stderr)
+        print("-----", main())
+"""
+
+
 def test_what_keeps_a_source_away_is_one_line_with_what_next(hub, tmp_path, source):
     output = convert(source, tmp_path / "out")
     hub.add_repo("alice/secret", {path.name: path.read_bytes() for path in output.iterdir()}, private=True)
-    nobody = hub.url.rpartition(":")[0] + ":1"
-    for arguments, change, expected in (
+    nobody = SimpleNamespace(url=hub.url.rpartition(":")[0] + ":1")
+    results = []
+    for server, home, commands in (
         (
-            ["alice/secret", "x"],
-            "os.environ['HF_TOKEN'] = 'hf_bob'",
-            "no repo on the Hub that is open to you. Check the",
+            hub,
+            "a",
+            [
+                ("hf_bob", "alice/secret", "x"),
+                ("", "alice/secret", "x"),
+                ("hf_alice", "alice/nosuch", "x"),
+                ("hf_alice", "alice/secret", "x", "--revision", "v9"),
+            ],
         ),
-        (["alice/secret", "x"], "os.environ['HF_TOKEN'] = ''", "log in with `hf auth login`, or set HF_TOKEN"),
-        (["alice/nosuch", "x"], "", "alice/nosuch is no local path, and no repo on the Hub that is open to you"),
-        (["alice/secret", "x", "--revision", "v9"], "", "alice/secret on the Hub has no branch, tag or commit 'v9'"),
-        (["alice/secret", "--verify-code"], f"os.environ['HF_ENDPOINT'] = {nobody!r}", "cannot be reached (["),
-        (["alice/secret", "x"], f"os.environ['HF_ENDPOINT'] = {nobody!r}", "Check the connection, or give the path"),
-        (["alice/secret", "x"], "os.environ['HF_HUB_OFFLINE'] = '1'", "unset the `HF_HUB_OFFLINE`"),
+        (nobody, "b", [("hf_alice", "alice/secret", "--verify-code"), ("hf_alice", "alice/secret", "x")]),
     ):
-        result = converter(hub, tmp_path / "b", *arguments, setup=f"import os; {change or 'pass'}")
-        assert result.returncode == 1
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-        assert expected in result.stderr
+        result = client(server, tmp_path / home, COMMANDS.format(commands=commands))
+        results += result.stderr.split("-----\n")[1:]
+        assert result.stdout.split() == ["-----", "1"] * len(commands), result.stderr
+    for error, expected in zip(
+        results,
+        (
+            "no repo on the Hub that is open to you. Check the name",
+            "log in with `hf auth login`, or set HF_TOKEN",
+            "alice/nosuch is no local path, and no repo on the Hub that is open to you",
+            "alice/secret on the Hub has no branch, tag or commit 'v9'",
+            f"the Hub at {nobody.url} cannot be reached",
+            "Check the connection, or give the path",
+        ),
+        strict=True,
+    ):
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert expected in error
+
+
+def test_commands_of_the_page_run_in_their_order(hub, tmp_path, monkeypatch):
+    """Those of docs/converting.md, on small checkpoints under the names of the released ones."""
+    whole, native = reference_image_text_model(), reference_model()
+    checkpoints.save(tmp_path / "lit", checkpoints.apple_image_text(whole), checkpoints.apple_image_text_config(whole))
+    clip_tokenizer().save_pretrained(tmp_path / "lit")
+    checkpoints.save(tmp_path / "native", checkpoints.apple(native), checkpoints.apple_config(native))
+    for folder, name in (("native", "native"), ("lit", "224-lit")):
+        files = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        hub.add_repo(f"apple/aimv2-large-patch14-{name}", files)
+    blocks = (REPO / "docs" / "converting.md").read_text().split("```sh\n")[1:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    commands = [("hf_alice", *line.replace("USER/", "alice/").split()[2:]) for line in lines]
+    assert all(line.startswith("python convert_weights.py ") for line in lines)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    result = client(hub, tmp_path / "a", COMMANDS.format(commands=commands))
+    assert [part.split()[0] for part in result.stdout.split("-----")[1:]] == ["0"] * len(commands), result.stderr
+    assert {"alice/aimv2-large-packed", "alice/aimv2-large-half"} <= hub.repos.keys()
+    assert json.loads(Path("report.json").read_text())["passed"]
 
 
 def test_code_of_a_repo_on_the_hub(hub, tmp_path, source):
@@ -238,11 +337,12 @@ def test_code_of_a_repo_on_the_hub(hub, tmp_path, source):
     files = {path.name: path.read_bytes() for path in output.iterdir()}
     hub.add_repo("alice/good", files)
     hub.add_repo("alice/trap", files | {"modeling_aimv2_packing.py": b"raise SystemExit", "more.py": b""})
-    good = converter(hub, tmp_path / "a", "alice/good", "--verify-code")
-    assert good.returncode == 0 and "Code: equal to this tree's" in good.stdout
-    trap = converter(hub, tmp_path / "a", "alice/trap", "--verify-code")
-    assert trap.returncode == 1 and "The code of alice/trap is not this tree's" in trap.stderr
-    assert "  modeling_aimv2_packing.py differs\n  more.py is not in this tree\n" in trap.stdout
+    commands = [("hf_alice", f"alice/{name}", "--verify-code") for name in ("good", "trap")]
+    result = client(hub, tmp_path / "a", COMMANDS.format(commands=commands))
+    good, trap, _ = result.stdout.split("-----")
+    assert "Code: equal to this tree's" in good
+    assert trap.startswith(" 0") and "  modeling_aimv2_packing.py differs\n  more.py is not in this tree\n" in trap
+    assert "The code of alice/trap is not this tree's" in result.stderr and result.stdout.endswith("----- 1\n")
     assert not list((tmp_path / "a").rglob("*.safetensors"))
 
 

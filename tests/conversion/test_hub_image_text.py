@@ -1,29 +1,15 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An image-text repo pushed to the loopback Hub, and what loads from there: all of it, its vision tower, one line."""
+"""An image-text model converted to the loopback Hub: all of it loads from there, its vision tower alone, one line."""
 
 import pytest
 import torch
 from hub_server import Hub
-from image_text_checkpoints import (
-    TEXTS,
-    clip_tokenizer,
-    image_text_model,
-    reference_image_text_model,
-    save_image_text_repo,
-)
+from image_text_checkpoints import TEXTS, clip_tokenizer, image_text_model, reference_image_text_model
 from reference import REPO, pack, random_images
 from safetensors.torch import save_file
-from test_hub import client
+from test_hub import client, converter
 
-
-PUSH = """
-    import sys
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo("alice/lit", private=True)
-    HfApi().upload_folder(repo_id="alice/lit", folder_path=sys.argv[1])
-"""
 
 LOAD = """
     import sys
@@ -70,8 +56,10 @@ def hub():
 @torch.no_grad()
 def test_pushed_and_loaded_from_the_hub(hub, tmp_path):
     reference = reference_image_text_model()
-    folder = save_image_text_repo(tmp_path / "repo", reference)
-    pushed = client(hub, tmp_path / "a", PUSH, folder)
+    reference.save_pretrained(tmp_path / "source")
+    clip_tokenizer().save_pretrained(tmp_path / "source")
+    arguments = (tmp_path / "source", tmp_path / "repo", "--push-to-hub", "alice/lit", "--private")
+    pushed = converter(hub, tmp_path / "a", *arguments)
     assert pushed.returncode == 0, pushed.stderr
 
     model = image_text_model(reference)

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-
-pytest.importorskip("pyarrow", reason="needs requirements-scale.txt")
-
 from scaling import make_model_repo
 
 

@@ -14,11 +14,12 @@ import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from corpus.options import Options
-from corpus.run import run
 from PIL import Image
 from reference import REPO
 from transformers import AutoModel, AutoProcessor
+
+from corpus.options import Options
+from corpus.run import run
 
 
 def encoded_image(height: int, width: int, seed: int = 0, form: str = "png") -> bytes:
@@ -64,7 +65,7 @@ def rows_of(output: object) -> dict[str, dict]:
     fs, path = fsspec.core.url_to_fs(str(output))
     fs.invalidate_cache()
     rows = []
-    for file in fs.ls(path, detail=False):
+    for file in fs.ls(path, detail=False) if fs.exists(path) else ():
         if file.endswith(".parquet"):
             with fs.open(file, "rb") as opened:
                 rows += pq.ParquetFile(opened).read().to_pylist()

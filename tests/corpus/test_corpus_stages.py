@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import IMAGES, OneByOne, archive_of, encoded_image, extract, write_images
+
 from corpus.ids import IdSet
 from corpus.rows import stable_text
 

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from image_text_checkpoints import reference_image_text_model, save_image_text_repo
 from reference import REPO, reference_model
 from safetensors.torch import load_file
 from scaling import make_model_repo
@@ -50,11 +51,13 @@ def example(monkeypatch):
     return importlib.import_module
 
 
-@pytest.fixture(scope="module", params=["native", "fixed", "fixed with a head"])
+@pytest.fixture(scope="module", params=["native", "fixed", "fixed with a head", "image-text"])
 def checkpoint(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    is_native, use_head = request.param == "native", request.param.endswith("head")
     torch.manual_seed(0)
+    if request.param == "image-text":
+        return save_image_text_repo(folder, reference_image_text_model(), tokenizer=False)
+    is_native, use_head = request.param == "native", request.param.endswith("head")
     make_model_repo(folder, is_native=is_native, use_head=use_head)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings |= {"max_patches": 200} if is_native else {"image_size": 56}
@@ -69,7 +72,8 @@ def noise(*shape: int) -> np.ndarray:
 def test_the_first_features(run, checkpoint):
     status, printed, _ = run("feature_extraction", "--checkpoint", checkpoint, PHOTOGRAPHS / "cat.jpg")
     assert status == 0
-    has_head = json.loads((checkpoint / "config.json").read_text())["use_head"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    has_head = config.get("vision_config", config)["use_head"]
     assert "cat.jpg: map (1, " in printed and ("the head's output: (1, 64)" in printed) == has_head
 
 
@@ -167,15 +171,21 @@ def test_the_committed_picture():
         assert picture.format == "PNG"
 
 
+# Each takes a process of its own: one native, one fixed and with a head.
+@pytest.mark.parametrize("checkpoint", ["native", "image-text"], indirect=True)
 def test_the_language_model_learns_is_saved_and_captions(checkpoint, tmp_path):
     # By itself, because it registers the tower's classes.
     command = [sys.executable, str(EXAMPLES / "vision_language_model.py"), "--checkpoint", str(checkpoint)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, "--output", "saved"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for name, caption in [("astronaut", "an astronaut"), ("coffee", "a cup of coffee"), ("rocket", "a rocket")]:
         assert f"{name}.jpg: {caption}\n" in result.stdout
-    saved = load_file(tmp_path / "vision-language-model" / "model.safetensors")
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    weights = load_file(checkpoint / "model.safetensors")
+    if "text_config" in json.loads((checkpoint / "config.json").read_text()):
+        prefix = "vision_model."
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    for name, weight in weights.items():
         assert torch.equal(saved[f"vision.{name}"], weight), f"{name} is frozen"
 
 
@@ -187,13 +197,15 @@ def test_what_the_demo_makes_is_there_afterwards(example, monkeypatch, tmp_path,
         "SMALL",
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2},
     )
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["demo.py"])
-        demo.main()
-        printed = capfd.readouterr().out
-        converted = tmp_path / "demo" / "aimv2-packed"
-        assert "Verdict: passed." in printed and printed.rstrip().endswith(f"--checkpoint {converted}")
-        assert (converted / "model.safetensors").is_file() and (tmp_path / "demo" / "aimv2-small-random").is_dir()
+    converted = tmp_path / "demo" / "aimv2-packed"
+    converted.mkdir(parents=True)
+    (converted / "of an earlier run").touch()
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    demo.main()
+    printed = capfd.readouterr().out
+    assert "Verdict: passed." in printed and printed.rstrip().endswith(f"--checkpoint {converted}")
+    assert (converted / "model.safetensors").is_file() and not (converted / "of an earlier run").exists()
+    assert (tmp_path / "demo" / "aimv2-small-random" / "model.safetensors").is_file()
     monkeypatch.setattr(sys, "argv", ["demo.py", "--source", str(tmp_path / "nosuch")])
     with pytest.raises(SystemExit) as ended:
         demo.main()

@@ -17,6 +17,7 @@ pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
 
 import PIL.Image
 import torch
+from image_text_checkpoints import reference_image_text_model, save_image_text_repo
 from reference import REPO
 from safetensors.torch import load_file
 from scaling import assert_tensors_close, make_model_repo, run_processes
@@ -68,9 +69,13 @@ def test_a_finished_run_does_nothing(one_process: tuple[Path, str]) -> None:
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
-def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fixed with a head", "image-text"])
+def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path, kind: str) -> None:
     checkpoint, images, output = tmp_path / "checkpoint", tmp_path / "images", tmp_path / "output"
-    make_model_repo(checkpoint, is_native=False, use_head=True)
+    if kind == "image-text":
+        save_image_text_repo(checkpoint, reference_image_text_model(), tokenizer=False)
+    else:
+        make_model_repo(checkpoint, is_native=False, use_head=True)
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text()) | {"image_size": 28}
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
     for name in ("cat", "dog", "tree"):
@@ -85,6 +90,7 @@ def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     assert list(model.config.id2label.values()) == ["cat", "dog", "tree"] and processor.image_size == 28
     weights, original = load_file(output / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    original = {name.removeprefix("vision_model."): value for name, value in original.items()}
     assert weights["classifier.weight"].shape == (3, model.config.hidden_size)
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[f"aimv2_packing.{name}"])

@@ -243,6 +243,13 @@ def test_what_are_no_tokens_is_refused_before_any_work(input_ids):
         model(input_ids, **pack(random_images([(4, 4)])))
 
 
+def test_mask_of_another_shape_is_refused():
+    model = image_text_model(reference_image_text_model())
+    texts = tokenised()
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(4, \d+\), got \(3, "):
+        model.get_text_features(texts["input_ids"], texts["attention_mask"][:3])
+
+
 def test_configuration():
     config = Aimv2PackingImageTextConfig(vision_config={"patch_layout": "channels_last"}, projection_dim=8)
     assert config.vision_config.patch_layout == "channels_last"
