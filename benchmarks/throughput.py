@@ -6,8 +6,8 @@ repetitions of all candidates interleaved, ratios per repetition, medians of tho
     python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --best
     python benchmarks/throughput.py --train                      # forward and backward
 
-On a GPU `--best` measures the peers as fast as they get, too: with compiled blocks, and timm's whole forward in a CUDA
-graph of this one batch, whose inputs need not even be copied; transformers' cannot be captured. The limit is the
+On a GPU `--best` measures the peers as fast as they get, too: with compiled blocks, and timm's of one size in a CUDA
+graph of this one batch, whose inputs need not even be copied; the others' cannot be captured. The limit is the
 layers' products, query, key and value merged and gate and up merged, and the fastest attention kernel for these images,
 with nothing between them.
 
@@ -127,7 +127,7 @@ class Candidates:
         reference, packed, compiled, older = models
         patch_size = reference.config.patch_size
         self.reference, self.packed = reference, packed
-        self.timm_blocks: list[torch.nn.Module] = []
+        self.grids = grids
         self.images = [
             torch.randn(3, height * patch_size, width * patch_size, device=args.device, dtype=reference.dtype)
             for height, width in grids
@@ -160,7 +160,8 @@ class Candidates:
             self.forwards["padded"] = lambda: (reference(images) for images in (self.padded,))
         if find_spec("timm") and find_spec("torchvision"):
             if len(self.groups) == 1 and grids[0][0] == grids[0][1]:
-                self.forwards["timm"] = self.timm_forward(grids[0][0] * patch_size)
+                self.timm_size = grids[0][0] * patch_size
+                self.forwards["timm"] = self.timm_forward(self.timm_size)
             longest = max(height * width for height, width in grids)
             if longest * len(grids) <= args.max_padding * len(self.patches):
                 self.forwards["naflex"] = self.naflex_forward(grids)
@@ -168,7 +169,7 @@ class Candidates:
             self.add_best_peers()
 
     def add_best_peers(self) -> None:
-        """The same with compiled blocks; timm's, which allow it, also in CUDA graphs."""
+        """The same with compiled blocks; timm's model of one size, which allows it, also in a CUDA graph."""
         del self.forwards["looped"]
         torch._dynamo.reset()
         compiled = copy.deepcopy(self.reference)
@@ -177,15 +178,11 @@ class Candidates:
         self.forwards["grouped compiled"] = lambda: (compiled(images) for images in self.groups)
         if "padded" in self.forwards:
             self.forwards["padded compiled"] = lambda: (compiled(images) for images in (self.padded,))
-        timm = [name for name in ("timm", "naflex") if name in self.forwards]
-        for name in timm:
-            self.forwards[f"{name} graph"] = in_graph(self.forwards[name])
-        for block in self.timm_blocks:
-            block.compile()
-        for name in timm:
-            self.forwards[f"{name} compiled graph"] = in_graph(self.forwards[name])
-        for block in self.timm_blocks:
-            block._compiled_call_impl = None
+        if "naflex" in self.forwards:
+            self.forwards["naflex compiled"] = self.naflex_forward(self.grids, compiled=True)
+        if "timm" in self.forwards:
+            self.forwards["timm graph"] = in_graph(self.forwards["timm"])
+            self.forwards["timm compiled graph"] = in_graph(self.timm_forward(self.timm_size, compiled=True))
 
     def packed_forward(self, packed, attn: str, checkpointing: bool = False) -> Forward:
         def run():
@@ -197,7 +194,7 @@ class Candidates:
 
         return run
 
-    def timm_forward(self, size: int) -> Forward:
+    def timm_forward(self, size: int, compiled: bool = False) -> Forward:
         import timm
 
         config = self.reference.config
@@ -211,10 +208,11 @@ class Candidates:
             num_classes=0,
         )
         model = model.to(self.patches.device, self.reference.dtype).eval()
-        self.timm_blocks += model.blocks
+        for block in model.blocks if compiled else ():
+            block.compile()
         return lambda: (model.forward_features(images) for images in self.groups)
 
-    def naflex_forward(self, grids: list[Grid]) -> Forward:
+    def naflex_forward(self, grids: list[Grid], compiled: bool = False) -> Forward:
         """timm's NaFlex ViT in AIMv2's geometry: patches of all images in one batch, padded to the most, and masked."""
         from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
@@ -234,7 +232,8 @@ class Candidates:
             use_key_only_attn_mask=True,
         )
         model = NaFlexVit(geometry, num_classes=0).to(self.patches.device, self.reference.dtype).eval()
-        self.timm_blocks += model.blocks
+        for block in model.blocks if compiled else ():
+            block.compile()
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         patches = self.patches.split([height * width for height, width in grids])
         coordinates = [
