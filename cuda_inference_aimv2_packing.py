@@ -535,7 +535,9 @@ class Engine:
                     return None
                 self.done.synchronize()
                 self.graphs.popitem(last=False)
-            graph = self.graphs[key] = self.new_graph(budget)
+            # Tensors made in inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                graph = self.graphs[key] = self.new_graph(budget)
         graph.last_forward = self.forwards
         self.graphs.move_to_end(key)
         return graph
@@ -554,7 +556,7 @@ class Engine:
             # Out of memory, say, or a kernel of the user's choice that cannot be captured.
             self.capture_failure = str(error)
             self.graphs.clear()
-            logger.warning("No CUDA graph could be captured, this model runs without: %s", error)
+            logger.warning("No CUDA graph could be captured, this model runs without: %s", self.capture_failure)
 
     def position_table(self, side: int) -> None:
         if side and side not in self.tables:

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=14)
     args = parser.parse_args()
     args.device, args.layers, args.checkpoint, args.train, args.max_padding = "cuda", 24, None, False, 0
-    args.attn, args.best, args.against = [args.attn], False, None
+    args.attn, args.best, args.against, args.peers = [args.attn], False, None, []
     with torch.inference_mode():
         models = make_models(args, torch.bfloat16)
         candidates = Candidates(models, fill(mixes()[args.mix], args.patches), args)

@@ -41,6 +41,8 @@ REPO = Path(__file__).resolve().parent.parent
 Grid = tuple[int, int]
 Forward = Callable[[], Iterator]
 
+PEERS = ["looped", "grouped", "padded", "naflex", "timm"]
+
 PRODUCTS = ("products by mm", "products by oneDNN")
 
 # hidden_size, intermediate_size, num_attention_heads
@@ -165,17 +167,20 @@ class Candidates:
             longest = max(height * width for height, width in grids)
             if longest * len(grids) <= args.max_padding * len(self.patches):
                 self.forwards["naflex"] = self.naflex_forward(grids)
+        self.forwards = {
+            name: run for name, run in self.forwards.items() if name.split()[0] in ("packed", "older", *args.peers)
+        }
         if args.best:
             self.add_best_peers()
 
     def add_best_peers(self) -> None:
         """The same with compiled blocks; timm's model of one size, which allows it, also in a CUDA graph."""
-        del self.forwards["looped"]
         torch._dynamo.reset()
         compiled = copy.deepcopy(self.reference)
         for block in compiled.encoder.layers:
             block.compile()
-        self.forwards["grouped compiled"] = lambda: (compiled(images) for images in self.groups)
+        if "grouped" in self.forwards:
+            self.forwards["grouped compiled"] = lambda: (compiled(images) for images in self.groups)
         if "padded" in self.forwards:
             self.forwards["padded compiled"] = lambda: (compiled(images) for images in (self.padded,))
         if "naflex" in self.forwards:
@@ -562,8 +567,7 @@ def plot(results: dict, path: Path) -> None:
     for (bars, growth), run in zip(axes, runs, strict=True):
         names = [mix["mix"] for mix in run["mixes"]]
         packed = next(iter(run["mixes"][0]["candidates"]))
-        peers = ["looped", "grouped", "padded", "naflex", "timm"]
-        for index, peer in enumerate(peers):
+        for index, peer in enumerate(PEERS):
             ratios = [mix["candidates"][packed]["speedup_over"].get(peer, 0) for mix in run["mixes"]]
             if any(ratios):
                 bars.bar([position + 0.17 * index for position in range(len(names))], ratios, 0.15, label=peer)
@@ -591,6 +595,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--attn", nargs="+", default=["sdpa"], help="attn_implementation of the packed model")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of the packed model")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--best", action="store_true", help="on a GPU, also measure the peers compiled and in graphs")
     parser.add_argument("--against", type=Path, help="also measure the packed model of this other checkout")
     parser.add_argument("--train", action="store_true", help="measure forward and backward")

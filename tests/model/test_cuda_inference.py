@@ -59,7 +59,9 @@ def features(packed, inputs: dict[str, torch.Tensor], times: int = 1) -> torch.T
 
 
 def engine_of(packed):
-    return cuda_inference.engines[packed]
+    engine = cuda_inference.engines[packed]
+    assert engine.capture_failure is None
+    return engine
 
 
 def plain_features(packed, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -362,7 +364,7 @@ def test_what_was_started_is_dropped_where_something_speaks_against_it():
         hooked = packed(**inputs).last_hidden_state
         assert packed.path.startswith("plain")
         states = packed(**inputs, output_hidden_states=True).hidden_states
-    assert torch.equal(packed.rms_norm(states[-1]), hooked)
+        assert torch.equal(packed.rms_norm(states[-1]), hooked)
     handle.remove()
     assert torch.equal(features(packed, inputs), before)
 
