@@ -69,7 +69,7 @@ NOT_RUN = {
         "docs/corpus.md",
         "python extract_features.py --address auto --model REPO --input s3://bucket/parquet "
         "--output s3://bucket/features --dtype bfloat16 --patches-per-batch 65536",
-    ): "needs a Ray cluster: tests/corpus/test_corpus_stages.py starts Ray",
+    ): "needs a Ray cluster: tests/corpus runs on Ray",
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
