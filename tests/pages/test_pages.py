@@ -47,6 +47,7 @@ MAKE = "runs the tests or the linters that it would run in"
 MINUTES = "measures for minutes"
 # By page, and the command or a line of the block.
 NOT_RUN = {
+    ("README.md", "source .venv/bin/activate"): "is of the environment that these tests run in",
     ("README.md", "make test"): MAKE,
     ("README.md", "pip install -r requirements.txt"): PACKAGES,
     ("README.md", "pip install kernels"): PACKAGES,
