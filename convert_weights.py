@@ -15,17 +15,21 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.utils import httpx
 
-from conversion.checkpoint_formats import Encoder
-from conversion.code_files import CODE_FILES, code_differences
-from conversion.hub_upload import push_to_hub
-from conversion.model_card import describe, summary
-from conversion.model_repo import convert, holds_conversion, is_converted
-from conversion.sources import download_code, local_path, read_source
-from conversion.verification import Report, verify
+try:
+    import torch
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from huggingface_hub.utils import httpx
+
+    from conversion.checkpoint_formats import Encoder
+    from conversion.code_files import CODE_FILES, code_differences
+    from conversion.hub_upload import push_to_hub
+    from conversion.model_card import describe, summary
+    from conversion.model_repo import convert, holds_conversion, is_converted
+    from conversion.sources import download_code, local_path, read_source
+    from conversion.verification import Report, verify
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. What is needed: pip install -r {Path(__file__).resolve().parent}/requirements.txt")
 
 
 NEXT_STEPS = {

@@ -17,8 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from loading import PHOTOGRAPHS, REPO, load, run  # first: it says what is not installed
+
+
+# isort: split
 import torch
-from loading import PHOTOGRAPHS, REPO, load, run
 from PIL import Image
 from safetensors.torch import save_file
 

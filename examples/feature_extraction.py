@@ -8,8 +8,11 @@ Features of images of any sizes in one packed forward: a map per image, and its 
 
 import argparse
 
+from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+
+
+# isort: split
 import torch
-from loading import PHOTOGRAPHS, load, run
 
 
 def main() -> None:

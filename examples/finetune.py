@@ -21,13 +21,24 @@ the handwritten digits of scikit-learn, enlarged to many sizes and aspect ratios
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
+from loading import REPO, check_converted, load, run  # first: it says what is not installed
+
+
+try:
+    # Trainer needs it, and says less.
+    import accelerate  # noqa: F401
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
+
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from folder_features import image_files
-from loading import REPO, check_converted, load, run
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset

@@ -12,9 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+
+
+# isort: split
 import PIL.Image
 import torch
-from loading import PHOTOGRAPHS, load, run
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 

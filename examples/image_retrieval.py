@@ -10,9 +10,12 @@ mean features.
 import argparse
 from pathlib import Path
 
+from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+
+
+# isort: split
 import torch
 from folder_features import encode_files, image_files
-from loading import PHOTOGRAPHS, load, run
 
 
 def main() -> None:

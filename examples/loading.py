@@ -7,12 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from huggingface_hub.utils import httpx
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-# transformers 5.15 without torchvision exports only a placeholder under the top-level name.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+try:
+    import PIL.Image  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+    from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+    # transformers 5.15 without torchvision exports only a placeholder under the top-level name.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. What is needed: pip install -r {Path(__file__).resolve().parents[1]}/requirements.txt")
 
 
 REPO = str(Path(__file__).resolve().parent.parent)
@@ -39,6 +47,15 @@ def check_converted(checkpoint: str) -> None:
             f"No such folder: {checkpoint}, and it is no id on the Hub either. Make it by: python "
             f"{REPO}/convert_weights.py SOURCE {checkpoint}"
         )
+    if not path.is_dir() and try_to_load_from_cache(checkpoint, "config.json") is None:
+        try:
+            # One short question, because a download asks an unreachable Hub again and again.
+            HfApi().model_info(checkpoint, timeout=10)
+        except (httpx.TransportError, OfflineModeIsEnabled) as error:
+            raise OSError(
+                f"{checkpoint} is no folder, and the Hub at {constants.ENDPOINT} cannot be reached ({error}). Check "
+                "the connection, or give the folder of a converted checkpoint."
+            ) from error
     try:
         config, _ = PreTrainedConfig.get_config_dict(checkpoint)
     except OSError as error:
@@ -74,5 +91,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs an example. What its user can put right ends it in one line."""
     try:
         main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
     except (OSError, ValueError, ImportError, httpx.HTTPError) as error:
         sys.exit("error: " + " ".join(str(error).split()))

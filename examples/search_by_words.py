@@ -13,12 +13,15 @@ import argparse
 import json
 from pathlib import Path
 
+from loading import PHOTOGRAPHS, REPO, check_converted, run  # first: it says what is not installed
+
+
+# isort: split
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.ImageOps
 import torch
-from loading import PHOTOGRAPHS, REPO
 from tokenizers import pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, CLIPTokenizer
@@ -32,6 +35,7 @@ THUMBNAIL, MARGIN, LINE = 160, 8, 18
 def load(checkpoint: str | None):
     """Processor and model of a converted checkpoint; without one, a small model whose random weights say nothing."""
     if checkpoint:
+        check_converted(checkpoint)
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
         if not hasattr(model, "get_text_features"):
             raise ValueError(
@@ -124,35 +128,32 @@ def main() -> None:
         parser.error(f"--top must be at least 1, got {arguments.top}")
     if arguments.output.suffix != ".png":
         parser.error(f"--output must be a .png file, got {arguments.output}")
-    try:
-        if arguments.features:
-            paths, pictures = read_features(arguments.features, arguments.folder)
-            processor, model = load(arguments.checkpoint)
-        else:
-            paths = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-            if not paths:
-                raise ValueError(f"{arguments.folder} holds no picture with one of the suffixes {sorted(SUFFIXES)}.")
-            processor, model = load(arguments.checkpoint)
-            pictures = embed_pictures(paths, processor, model)
-        words = embed_words(arguments.queries, processor, model)
-        if words.shape[1] != pictures.shape[1]:
-            raise ValueError(
-                f"{arguments.features} holds vectors of {pictures.shape[1]} values, but the checkpoint gives "
-                f"{words.shape[1]}: give the one that they were made with."
-            )
-        hits = []
-        for query, scores in zip(arguments.queries, words @ pictures.T, strict=True):
-            best = scores.argsort(descending=True, stable=True)[: arguments.top].tolist()
-            hits.append([(float(scores[index]), paths[index]) for index in best])
-            print(query)
-            for score, path in hits[-1]:
-                print(f"  {score:.4f}  {path}")
-        title = str(arguments.checkpoint) if arguments.checkpoint else "random weights: the order says nothing"
-        contact_sheet(arguments.queries, hits, title).save(arguments.output)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"search_by_words.py: {' '.join(str(error).split())}\n")
+    if arguments.features:
+        paths, pictures = read_features(arguments.features, arguments.folder)
+        processor, model = load(arguments.checkpoint)
+    else:
+        paths = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise ValueError(f"{arguments.folder} holds no picture with one of the suffixes {sorted(SUFFIXES)}.")
+        processor, model = load(arguments.checkpoint)
+        pictures = embed_pictures(paths, processor, model)
+    words = embed_words(arguments.queries, processor, model)
+    if words.shape[1] != pictures.shape[1]:
+        raise ValueError(
+            f"{arguments.features} holds vectors of {pictures.shape[1]} values, but the checkpoint gives "
+            f"{words.shape[1]}: give the one that they were made with."
+        )
+    hits = []
+    for query, scores in zip(arguments.queries, words @ pictures.T, strict=True):
+        best = scores.argsort(descending=True, stable=True)[: arguments.top].tolist()
+        hits.append([(float(scores[index]), paths[index]) for index in best])
+        print(query)
+        for score, path in hits[-1]:
+            print(f"  {score:.4f}  {path}")
+    title = str(arguments.checkpoint) if arguments.checkpoint else "random weights: the order says nothing"
+    contact_sheet(arguments.queries, hits, title).save(arguments.output)
     print(f"Contact sheet: {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,14 +11,21 @@ Rows with an error have no embedding and are left out; the order of files and ro
 
 import argparse
 
-import fsspec
+from loading import run  # first: it says what is not installed
+
+
+# isort: split
 import numpy as np
-import pyarrow.dataset as ds
 
 
 def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     """The ids, and one unit vector for each: float32 of shape (num_images, embedding_size)."""
+    import fsspec
+    import pyarrow.dataset as ds
+
     fs, path = fsspec.core.url_to_fs(output)
+    if not fs.exists(path):
+        raise FileNotFoundError(f"{output} does not exist: give what extract_features.py was given as --output.")
     # What is no Parquet file begins with an underscore, and pyarrow passes over it.
     dataset = ds.dataset(path, filesystem=fs, format="parquet")
     table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
@@ -36,7 +43,10 @@ def search(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.nda
 
 def search_with_faiss(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """As `search`, on an exact index; one of FAISS's approximate ones holds many more vectors."""
-    import faiss
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ImportError("--faiss needs FAISS: pip install faiss-cpu") from error
 
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
@@ -61,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,8 +12,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from loading import PHOTOGRAPHS, REPO, load, run  # first: it says what is not installed
+
+
+# isort: split
 import torch
-from loading import PHOTOGRAPHS, REPO, load, run
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config
 

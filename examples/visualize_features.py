@@ -10,12 +10,15 @@ features as colours, and beside the cosine similarity of every patch to one of t
 import argparse
 from pathlib import Path
 
+from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+
+
+# isort: split
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
-from loading import PHOTOGRAPHS, load, run
 
 
 # Pixels; a panel fits in this box.

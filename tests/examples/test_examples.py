@@ -4,6 +4,7 @@
 
 import importlib
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -235,7 +236,7 @@ def test_a_wrong_checkpoint_is_one_line(run, tmp_path, command):
         ("nosuch", "No such folder: nosuch"),
         ("empty/nosuch", "No such folder: empty/nosuch"),
         ("empty", "config.json"),
-        ("somebody/model", "somebody/model"),
+        ("somebody/model", "somebody/model is no folder, and the Hub"),
         (unconverted(tmp_path / "original"), "convert_weights.py"),
     ]:
         status, printed, _ = run(*command, "--checkpoint", checkpoint)
@@ -272,6 +273,16 @@ def test_a_missing_scikit_learn_names_the_line_that_installs_it(run, monkeypatch
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     status, _, _ = run("finetune", "--output", "run")
     assert "pip install scikit-learn" in str(status) and "\n" not in str(status)
+
+
+@pytest.mark.parametrize("command", sorted([*EXAMPLES.glob("*.py"), REPO / "convert_weights.py"]), ids=lambda p: p.stem)
+def test_a_missing_package_is_one_line_that_installs_it(tmp_path, command):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    arguments = [sys.executable, str(command), "x"]
+    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.startswith("error: No module named torch. ")
+    assert result.stderr.count("\n") == 1 and f"pip install -r {REPO}/requirements" in result.stderr
 
 
 def test_the_drawing_is_what_its_script_draws():

@@ -96,5 +96,5 @@ def test_what_cannot_be_searched_is_one_line(repo, tmp_path):
         result = search(tmp_path, *arguments, "a cat")
         assert result.returncode == 1
         lines = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
-        assert len(lines) == 1 and lines[0].startswith("search_by_words.py: ") and message in lines[0], result.stderr
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
         assert not (tmp_path / "hits.png").exists()
