@@ -74,6 +74,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
+    except PermissionError as error:
+        sys.exit(f"extract_features.py: {error}: ask for the right to it, or choose another place. {resume}")
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"extract_features.py: {' '.join(str(error).split())}")
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the examples share: the image processor and the model, and errors in one line."""
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 try:
     import PIL.Image  # noqa: F401
-    import safetensors.torch  # noqa: F401
+    import safetensors
     import torch
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -28,6 +30,11 @@ PHOTOGRAPHS = Path(REPO) / "examples" / "photographs"
 # The second holds the first as its vision tower.
 MODEL_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+NEXT_STEPS = {
+    errno.EACCES: "- ask for the right to it, or choose another place.",
+    errno.EROFS: "- choose another place.",
+    errno.ENOSPC: "- free some space, or choose another disk.",
+}
 
 
 def check_converted(checkpoint: str) -> None:
@@ -93,5 +100,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
-    except (OSError, ValueError, ImportError, httpx.HTTPError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    except (OSError, ValueError, ImportError, httpx.HTTPError, safetensors.SafetensorError) as error:
+        # Safetensors gives the system's reason as text alone.
+        steps = [step for code, step in NEXT_STEPS.items() if os.strerror(code) in str(error)]
+        sys.exit("error: " + " ".join([*str(error).split(), *steps]))

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,37 @@ def test_a_missing_package_is_one_line_that_installs_it(tmp_path, command):
     result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stderr.startswith("error: No module named torch. ")
     assert result.stderr.count("\n") == 1 and f"pip install -r {REPO}/requirements" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (["folder_features", "--output"], "f.safetensors"),
+        (["visualize_features", "--output"], "picture.png"),
+        (["search_by_words", "a cat", "--output"], "hits.png"),
+        (["vision_language_model", "--steps", "1", "--output"], "model"),
+        (["finetune", "--steps", "1", "--output"], "run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_disk_that_is_full_is_one_line(tmp_path, command, output):
+    name, *arguments = command
+    # The limit stands for a disk: the same calls fail, with another reason.
+    code = f"""
+        import errno, os, resource, runpy, signal, sys
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        import loading
+        loading.NEXT_STEPS[errno.EFBIG] = loading.NEXT_STEPS[errno.ENOSPC]
+        sys.argv = [{name!r}, *{arguments!r}, {str(tmp_path / output)!r}]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        runpy.run_path({str(EXAMPLES / f"{name}.py")!r}, run_name="__main__")
+    """
+    started = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert result.stderr.endswith("- free some space, or choose another disk.\n"), result.stderr
 
 
 def test_the_drawing_is_what_its_script_draws():
