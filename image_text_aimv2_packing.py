@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
 from .layout_aimv2_packing import kind_of
-from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
+from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel, refuse_random_weights
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
@@ -50,7 +50,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
         initial value is an error.
@@ -59,11 +59,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             ValueError: the checkpoint lacks weights of this model, such as one of a vision tower alone.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__}: it lacks {len(missing)} weights, "
-                f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others."
-            )
+        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=())
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:

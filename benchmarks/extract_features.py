@@ -201,12 +201,11 @@ def main() -> None:
     print(f"{medians['process'] / encoder_rate:.3f} of the encoder alone, ", end="")
     print(f"total {medians['process_total'] / medians['loop_total']:.2f} times the loop's")
     if arguments.ray_workers:
-        print(
-            f"on Ray: {medians['ray'] / medians['loop']:.3f} of the loop, {medians['ray'] / encoder_rate:.3f} of the encoder"
-        )
+        rate = medians["ray"]
+        print(f"on Ray: {rate / medians['loop']:.3f} of the loop, {rate / encoder_rate:.3f} of the encoder alone")
     if arguments.output:
-        figures = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__}
-        arguments.output.write_text(json.dumps({**figures, "encoder": encoder_rate, "runs": runs}, indent=2))
+        setting = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__}
+        arguments.output.write_text(json.dumps({**setting, "encoder": encoder_rate, "runs": runs}, indent=2))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -188,16 +188,38 @@ def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Option
     )
 
 
-def feed(dataset: ray.data.Dataset, blocks: queue.Queue) -> None:
-    """Puts (reference, rows, bytes) of each block of encoded rows into the queue, then None or what went wrong."""
-    try:
-        for bundle in dataset.iter_internal_ref_bundles():
-            for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
-                if metadata.num_rows:
-                    blocks.put((ref, metadata.num_rows, metadata.size_bytes))
-        blocks.put(None)
-    except BaseException as error:
-        blocks.put(error)
+class Feed(threading.Thread):
+    """Puts (reference, rows, bytes) of each block of encoded rows into a queue, then None or what went wrong."""
+
+    def __init__(self, dataset: ray.data.Dataset):
+        super().__init__(daemon=True)
+        self.dataset = dataset
+        self.blocks: queue.Queue = queue.Queue(maxsize=WRITES_AT_ONCE)
+        self.stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        end = None
+        try:
+            for bundle in self.dataset.iter_internal_ref_bundles():
+                for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
+                    if metadata.num_rows:
+                        self.put((ref, metadata.num_rows, metadata.size_bytes))
+                if self.stopped.is_set():
+                    return
+        except Exception as error:
+            end = error
+        self.put(end)
+
+    def put(self, item: Any) -> None:
+        while not self.stopped.is_set():
+            with suppress(queue.Full):
+                return self.blocks.put(item, timeout=0.1)
+
+    def stop(self) -> None:
+        """Ends the stages, unless they do not react."""
+        self.stopped.set()
+        self.join(timeout=10)
 
 
 def encode(
@@ -214,17 +236,19 @@ def encode(
     """
     try:
         with started(options.address):
-            encode_on_cluster(encoded(job, kind, parts, done, options), sink, interrupts)
+            feed = Feed(encoded(job, kind, parts, done, options))
+            try:
+                publish_all(feed, sink, interrupts)
+            finally:
+                feed.stop()
     except ray.exceptions.RayError as error:
         raise plain(error) from error
 
 
-def encode_on_cluster(dataset: ray.data.Dataset, sink: Sink, interrupts: Interrupts) -> None:
+def publish_all(feed: Feed, sink: Sink, interrupts: Interrupts) -> None:
     # Without a share of the CPUs, which the stages hold.
     write_task, count_task = (ray.remote(num_cpus=0)(function) for function in (write, count))
     location = sink.output.fs.unstrip_protocol(sink.output.path)
-    blocks: queue.Queue = queue.Queue(maxsize=WRITES_AT_ONCE)
-    threading.Thread(target=feed, args=(dataset, blocks), daemon=True).start()
     writes: list[ray.ObjectRef] = []
     counts: list[ray.ObjectRef] = []
 
@@ -244,7 +268,7 @@ def encode_on_cluster(dataset: ray.data.Dataset, sink: Sink, interrupts: Interru
     while not sink.is_full():
         try:
             with interrupts.allowed():
-                block = blocks.get(timeout=0.5)
+                block = feed.blocks.get(timeout=0.5)
         except queue.Empty:
             block = ()
         except KeyboardInterrupt as interrupt:

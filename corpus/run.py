@@ -44,6 +44,8 @@ def run(options: Options) -> None:
     """
     engine: ModuleType = in_process
     if options.address or options.num_workers or (options.device is None and torch.cuda.device_count() > 1):
+        # Or what still runs when a failed run ends would start Ray once more.
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         engine = import_module("corpus.on_ray")
     output = Output(options.output)
     job, corpus = plan(options)

@@ -36,7 +36,7 @@ LOAD = """
     close(model(**batch, **processor(text=texts, padding=True, return_tensors="pt")).logits_per_image, "logits")
 
     tower_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", "alice/lit")
-    tower = tower_class.from_pretrained("alice/lit", key_mapping={r"^vision_model\\.": ""}).eval()
+    tower = tower_class.from_pretrained("alice/lit").eval()
     close(tower(**batch).pooler_output, "pooled")
 
     encoder = SentenceTransformer("alice/lit", trust_remote_code=True, device="cpu")

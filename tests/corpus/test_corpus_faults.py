@@ -15,6 +15,7 @@ from corpora import IMAGES, extract, rows_of, write_images
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from moto.server import ThreadedMotoServer
 
+
 BEFORE = {"a.png": IMAGES["0.png"], "b.png": b"no image", "c.png": b"no image", "notes.txt": b"notes"}
 AFTER = {"b.png": IMAGES["1.png"], "d.png": IMAGES["2.png"], "e.png": b"no image", "more.txt": b"notes"}
 IDS = {"a.png", "b.png", "c.png", "d.png", "e.png"}
