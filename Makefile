@@ -1,14 +1,25 @@
 VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 CHECKPOINT ?=
+TRANSFORMERS = $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
+COMMON_TESTS = build/transformers-$(TRANSFORMERS)/tests
 
-.PHONY: demo test test-matrix style bench
+.PHONY: demo test test-common test-torchvision test-matrix style bench
 
 demo: $(VENV)/installed
-	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(COMMON_TESTS)/__init__.py
 	$(PYTHON) -m pytest
+
+test-common: $(VENV)/installed $(COMMON_TESTS)/__init__.py
+	$(PYTHON) -m pytest tests/transformers_common
+
+# PyPI's torchvision is built for CUDA: without the description of its operators, its Python transforms run anywhere.
+test-torchvision: $(VENV)/installed
+	$(PYTHON) -m pip install --quiet --no-deps --target .venv-torchvision torchvision==0.28.0
+	: > .venv-torchvision/torchvision/_meta_registrations.py
+	PYTHONPATH=.venv-torchvision $(PYTHON) -m pytest tests/images
 
 test-matrix: $(VENV)/installed
 	$(PYTHON) -m tox run
@@ -25,4 +36,10 @@ $(VENV)/installed: requirements.txt requirements-test.txt requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# transformers' own tests are in its sdist only.
+$(COMMON_TESTS)/__init__.py: | $(VENV)/installed
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary transformers --dest build transformers==$(TRANSFORMERS)
+	tar -xzf build/transformers-$(TRANSFORMERS).tar.gz -C build transformers-$(TRANSFORMERS)/tests
 	touch $@

@@ -139,10 +139,12 @@ class Aimv2PackingImageTextConfig(Aimv2Config):
     """
 
     model_type = "aimv2_packing_image_text"
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": Aimv2TextConfig, "vision_config": Aimv2PackingConfig}
 
     def __post_init__(self, **kwargs: Any):
         vision: Any = self.vision_config or {}  # type: ignore[has-type]
-        if type(vision) is Aimv2VisionConfig:
+        if isinstance(vision, Aimv2VisionConfig) and not isinstance(vision, Aimv2PackingConfig):
+            # Of transformers, or of another repo with this code, which is a module of its own.
             vision = vision.to_dict()
         if isinstance(vision, dict):
             vision = Aimv2PackingConfig(**{name: value for name, value in vision.items() if name != "model_type"})

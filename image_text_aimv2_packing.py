@@ -14,8 +14,8 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2Output
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
-from .layout_aimv2_packing import describe
-from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
+from .layout_aimv2_packing import kind_of
+from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel, refuse_random_weights
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
@@ -50,7 +50,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
         initial value is an error.
@@ -59,11 +59,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             ValueError: the checkpoint lacks weights of this model, such as one of a vision tower alone.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__}: it lacks {len(missing)} weights, "
-                f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others."
-            )
+        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=())
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -128,7 +124,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             or input_ids.dtype not in (torch.int32, torch.int64)
         ):
             raise ValueError(
-                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {describe(input_ids)}."
+                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {kind_of(input_ids)}."
             )
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:

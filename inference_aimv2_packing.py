@@ -9,9 +9,10 @@ nobody can tell the difference: `choose_engine` decides that once per forward, f
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +26,9 @@ from transformers.utils import logging
 
 from .cpu_inference_aimv2_packing import encode as encode_on_cpu
 from .cpu_inference_aimv2_packing import refusal as cpu_refusal
+from .cuda_inference_aimv2_packing import encode as encode_on_cuda
+from .cuda_inference_aimv2_packing import refusal as cuda_refusal
+from .cuda_inference_aimv2_packing import start as start_on_cuda
 from .layout_aimv2_packing import PackedLayout
 
 
@@ -39,14 +43,20 @@ class Engine(NamedTuple):
         name (`str`): What `model.path` says when it ran.
         refusal (`Callable`): `(model, hidden_states, layout)` to why it cannot run this forward, or `None`.
         encode (`Callable`): `(model, hidden_states, layout)` to the features after the final norm.
+        start (`Callable`, *optional*): `(model, hidden_states, layout)` to what `encode` takes as `started`, or `None`:
+            begins on the device what `encode` then completes. Nothing comes of it if the forward is not let in.
     """
 
     name: str
     refusal: Callable[[nn.Module, torch.Tensor, PackedLayout], str | None]
-    encode: Callable[[nn.Module, torch.Tensor, PackedLayout], torch.Tensor]
+    encode: Callable[..., torch.Tensor]
+    start: Callable[[nn.Module, torch.Tensor, PackedLayout], Any] | None = None
 
 
-ENGINES = (Engine("cpu", cpu_refusal, encode_on_cpu),)
+ENGINES = (
+    Engine("cpu", cpu_refusal, encode_on_cpu),
+    Engine("cuda", cuda_refusal, encode_on_cuda, start_on_cuda),
+)
 
 # The classes of the modeling file, and where these and torch's have their `forward` from.
 MODELING = f"{__name__.rpartition('.')[0]}.modeling_aimv2_packing"
@@ -165,13 +175,19 @@ def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: PackedL
     """
     if torch.compiler.is_compiling():
         return None
+    started = None
+    if model.use_engines and not captures and type(hidden_states) is torch.Tensor:
+        for engine in ENGINES:
+            # The last forward ran there: the device need not wait until it is certain that this one may.
+            if engine.start is not None and engine.name == model.path and watching_mode(hidden_states) is None:
+                started = engine.start(model, hidden_states, layout)
     obstacle = obstacle_to_all(model, hidden_states, layout, captures)
     reasons = []
     for engine in ENGINES if obstacle is None else ():
         reason = engine.refusal(model, hidden_states, layout)
         if reason is None:
             model.path = engine.name
-            return engine
+            return engine if started is None else engine._replace(encode=partial(engine.encode, started=started))
         reasons.append(f"{engine.name}: {reason}")
     path = f"plain: {obstacle or ', '.join(reasons)}"
     if path != model.path:

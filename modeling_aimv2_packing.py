@@ -11,6 +11,7 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
+from transformers.vision_utils import get_vision_cu_seqlens
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .inference_aimv2_packing import choose_engine
@@ -293,8 +295,9 @@ class Aimv2PackingAttentionPoolingHead(nn.Module):
 
 class Aimv2PackingPreTrainedModel(PreTrainedModel):
     config_class = Aimv2PackingConfig
-    base_model_prefix = "aimv2_packing"
+    base_model_prefix = "vision_model"
     main_input_name = "hidden_states"
+    _input_embed_layer = "patch_embed"
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
     _no_split_modules = [
@@ -312,6 +315,29 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+
+
+def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_initialized: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint lacks weights of this model that are not, and are not in, `newly_initialized`.
+    """
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
+    )
+    if not missing:
+        return
+    advice = (
+        "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
+        if all(name.startswith("head.") for name in missing)
+        else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
+    )
+    raise ValueError(
+        f"{source} is no checkpoint of {cls.__name__} with this configuration: it lacks {len(missing)} weights, "
+        f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
+    )
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
@@ -357,26 +383,26 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: the checkpoint lacks weights of this model.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        named = tuple(newly_initialized)
-        missing = sorted(
-            name for name in info["missing_keys"] if not any(f"{name}.".startswith(f"{part}.") for part in named)
-        )
-        if missing:
-            parts = sorted({name.split(".")[0] for name in missing})
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is no checkpoint of {cls.__name__} with this configuration: it lacks "
-                f"{len(missing)} weights, {missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. "
-                + (
-                    f"Everything else is there: give `newly_initialized={parts}` to start with random weights in them."
-                    if parts == ["head"]
-                    else "Checkpoints in Apple's format and others are converted by: python convert_weights.py "
-                    f"{pretrained_model_name_or_path} OUTPUT_DIR"
-                )
-            )
+        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized)
         return (model, info) if output_loading_info else model
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embed
+    @can_return_tuple
+    def get_image_features(
+        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        `forward` with one vector per segment in any case: `pooler_output` is what the head gives, or without a head the
+        mean over the patches, `(num_segments, hidden_size)`, not normalised.
+        """
+        outputs = self(hidden_states, grid_thw, **{**kwargs, "return_dict": True})
+        if outputs.pooler_output is None:
+            features = outputs.last_hidden_state
+            lengths = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal).diff()
+            lengths = lengths.to(features.device, non_blocking=True)
+            # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
+            mean = torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True)
+            outputs.pooler_output = mean.to(features.dtype)
+        return outputs
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -12,8 +12,8 @@ from .batching_aimv2_packing import PatchBudgetBatchSampler
 
 class Aimv2PackingTransformer(Transformer):
     """
-    The first and only module of a [`~sentence_transformers.SentenceTransformer`]. `modality_config` names the model's
-    output for an image; where that is one feature per patch (`"last_hidden_state"`), the vector is their mean.
+    The first and only module of a [`~sentence_transformers.SentenceTransformer`]: a batch of images of any sizes goes
+    through the model's `get_image_features` in forwards of a bounded number of patches.
 
     Args:
         model_name_or_path (`str`): The model repo.
@@ -53,12 +53,7 @@ class Aimv2PackingTransformer(Transformer):
         vectors = []
         for batch, hidden_states in zip(batches, patches, strict=True):
             part = {**features, "hidden_states": hidden_states, "grid_thw": grid_thw[batch]}
-            output = super().forward(part, **kwargs)[self.module_output_name]
-            if self.modality_config["image"]["method_output_name"] == "last_hidden_state":
-                own = lengths[batch].to(output.device, non_blocking=True)
-                # In float32: thousands of patches add up. Unsafe, because the checks would wait for the device.
-                output = torch.segment_reduce(output.float(), "mean", lengths=own, unsafe=True).to(output.dtype)
-            vectors.append(output)
+            vectors.append(super().forward(part, **kwargs)[self.module_output_name])
         features[self.module_output_name] = torch.cat(vectors)
         return features
 

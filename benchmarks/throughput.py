@@ -3,13 +3,20 @@ Packed AIMv2 against the ways people run it otherwise, in one process: same weig
 repetitions of all candidates interleaved, ratios per repetition, medians of those.
 
     python benchmarks/throughput.py                              # CPU, float32 and bfloat16, AIMv2-L width, 4 layers
-    python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --compile
+    python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 16384 --best
     python benchmarks/throughput.py --train                      # forward and backward
+
+On a GPU `--best` measures the peers as fast as they get, too: with compiled blocks, and timm's of one size in a CUDA
+graph of this one batch, whose inputs need not even be copied; the others' cannot be captured. The limit is the
+layers' products, query, key and value merged and gate and up merged, and the fastest attention kernel for these images,
+with nothing between them.
 
 Writes one JSON file and one PNG plot per run to `--output`.
 """
 
 import argparse
+import copy
+import gc
 import json
 import platform
 import shlex
@@ -20,10 +27,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -31,6 +40,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 REPO = Path(__file__).resolve().parent.parent
 Grid = tuple[int, int]
 Forward = Callable[[], Iterator]
+
+PEERS = ["looped", "grouped", "padded", "naflex", "timm"]
 
 PRODUCTS = ("products by mm", "products by oneDNN")
 
@@ -54,6 +65,9 @@ def mixes() -> dict[str, list[Grid]]:
         "uniform_448": [(32, 32)] * 4,
         "huge_among_small": [*small[:24], (64, 64), *small[24:]],
         "thumbnails": [sides(2, 5) for _ in range(512)],
+        "one_224": [(16, 16)],
+        "two_224": [(16, 16)] * 2,
+        "four_mixed": [(11, 11), (32, 32), (16, 22), (27, 18)],
     }
 
 
@@ -68,7 +82,7 @@ def fill(grids: list[Grid], patches: int | None) -> list[Grid]:
 
 
 def make_models(args: argparse.Namespace, dtype: torch.dtype):
-    """The original, the packed model and, on request, its compiled twin, all with the same weights."""
+    """The original, the packed model and, on request, its compiled twin and an older one, all with the same weights."""
     if args.checkpoint:
         reference = Aimv2VisionModel.from_pretrained(args.checkpoint)
     else:
@@ -85,12 +99,12 @@ def make_models(args: argparse.Namespace, dtype: torch.dtype):
         with torch.device(args.device):
             reference = Aimv2VisionModel(config)
     reference = reference.to(args.device, dtype).eval()
-    packing_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
     fields = reference.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
 
-    def packed() -> torch.nn.Module:
+    def packed(repo: Path = REPO) -> torch.nn.Module:
+        packing_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(repo))
         with torch.device("meta"):
             model = packing_class(packing_class.config_class(**fields))
         model.load_state_dict(reference.state_dict(), strict=True, assign=True)
@@ -99,7 +113,7 @@ def make_models(args: argparse.Namespace, dtype: torch.dtype):
     compiled = packed() if args.compile else None
     for layer in compiled.encoder.layers if compiled is not None else ():
         layer.compile(fullgraph=True, dynamic=True)
-    return reference, packed(), compiled
+    return reference, packed(), compiled, packed(args.against) if args.against else None
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -112,9 +126,10 @@ class Candidates:
     """Forwards over the same images, one per way of running them; each yields its outputs as it makes them."""
 
     def __init__(self, models, grids: list[Grid], args: argparse.Namespace):
-        reference, packed, compiled = models
+        reference, packed, compiled, older = models
         patch_size = reference.config.patch_size
         self.reference, self.packed = reference, packed
+        self.grids = grids
         self.images = [
             torch.randn(3, height * patch_size, width * patch_size, device=args.device, dtype=reference.dtype)
             for height, width in grids
@@ -133,22 +148,46 @@ class Candidates:
                 self.forwards[f"packed {attn} compiled"] = self.packed_forward(compiled, attn)
             if args.train:
                 self.forwards[f"packed {attn} checkpointed"] = self.packed_forward(packed, attn, checkpointing=True)
+            if older is not None:
+                self.forwards[f"older {attn}"] = self.packed_forward(older, attn)
         self.forwards["looped"] = lambda: (reference(image[None]) for image in self.images)
         self.forwards["grouped"] = lambda: (reference(images) for images in self.groups)
         tall, wide = max(height for height, _ in grids), max(width for _, width in grids)
         if tall * wide * len(grids) <= args.max_padding * len(self.patches):
-            padded = torch.zeros(
+            self.padded = torch.zeros(
                 len(grids), 3, tall * patch_size, wide * patch_size, device=args.device, dtype=reference.dtype
             )
             for index, image in enumerate(self.images):
-                padded[index, :, : image.shape[1], : image.shape[2]] = image
-            self.forwards["padded"] = lambda: (reference(images) for images in (padded,))
+                self.padded[index, :, : image.shape[1], : image.shape[2]] = image
+            self.forwards["padded"] = lambda: (reference(images) for images in (self.padded,))
         if find_spec("timm") and find_spec("torchvision"):
             if len(self.groups) == 1 and grids[0][0] == grids[0][1]:
-                self.forwards["timm"] = self.timm_forward(grids[0][0] * patch_size)
+                self.timm_size = grids[0][0] * patch_size
+                self.forwards["timm"] = self.timm_forward(self.timm_size)
             longest = max(height * width for height, width in grids)
             if longest * len(grids) <= args.max_padding * len(self.patches):
                 self.forwards["naflex"] = self.naflex_forward(grids)
+        self.forwards = {
+            name: run for name, run in self.forwards.items() if name.split()[0] in ("packed", "older", *args.peers)
+        }
+        if args.best:
+            self.add_best_peers()
+
+    def add_best_peers(self) -> None:
+        """The same with compiled blocks; timm's model of one size, which allows it, also in a CUDA graph."""
+        torch._dynamo.reset()
+        compiled = copy.deepcopy(self.reference)
+        for block in compiled.encoder.layers:
+            block.compile()
+        if "grouped" in self.forwards:
+            self.forwards["grouped compiled"] = lambda: (compiled(images) for images in self.groups)
+        if "padded" in self.forwards:
+            self.forwards["padded compiled"] = lambda: (compiled(images) for images in (self.padded,))
+        if "naflex" in self.forwards:
+            self.forwards["naflex compiled"] = self.naflex_forward(self.grids, compiled=True)
+        if "timm" in self.forwards:
+            self.forwards["timm graph"] = in_graph(self.forwards["timm"])
+            self.forwards["timm compiled graph"] = in_graph(self.timm_forward(self.timm_size, compiled=True))
 
     def packed_forward(self, packed, attn: str, checkpointing: bool = False) -> Forward:
         def run():
@@ -160,7 +199,7 @@ class Candidates:
 
         return run
 
-    def timm_forward(self, size: int) -> Forward:
+    def timm_forward(self, size: int, compiled: bool = False) -> Forward:
         import timm
 
         config = self.reference.config
@@ -174,9 +213,11 @@ class Candidates:
             num_classes=0,
         )
         model = model.to(self.patches.device, self.reference.dtype).eval()
+        for block in model.blocks if compiled else ():
+            block.compile()
         return lambda: (model.forward_features(images) for images in self.groups)
 
-    def naflex_forward(self, grids: list[Grid]) -> Forward:
+    def naflex_forward(self, grids: list[Grid], compiled: bool = False) -> Forward:
         """timm's NaFlex ViT in AIMv2's geometry: patches of all images in one batch, padded to the most, and masked."""
         from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
@@ -193,8 +234,11 @@ class Candidates:
             act_layer="silu",
             pos_embed="factorized",
             global_pool="",
+            use_key_only_attn_mask=True,
         )
         model = NaFlexVit(geometry, num_classes=0).to(self.patches.device, self.reference.dtype).eval()
+        for block in model.blocks if compiled else ():
+            block.compile()
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         patches = self.patches.split([height * width for height, width in grids])
         coordinates = [
@@ -204,8 +248,9 @@ class Candidates:
         batch = {
             "patches": pad(patches),
             "patch_coord": pad(coordinates),
-            "patch_valid": pad([torch.ones_like(row[:, 0], dtype=torch.bool) for row in coordinates]),
         }
+        if len({height * width for height, width in grids}) > 1:
+            batch["patch_valid"] = pad([torch.ones_like(row[:, 0], dtype=torch.bool) for row in coordinates])
         return lambda: (model.forward_features(**batch)["patches"] for _ in range(1))
 
     def largest_difference(self) -> dict[str, float]:
@@ -217,6 +262,21 @@ class Candidates:
                 for name, forward in self.forwards.items()
                 if name.startswith("packed")
             }
+
+
+def in_graph(forward: Forward) -> Forward:
+    """The whole forward as one CUDA graph over this batch, where it lies."""
+    for _ in range(3):
+        outputs = list(forward())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = list(forward())
+
+    def run():
+        graph.replay()
+        yield from outputs
+
+    return run
 
 
 def synchronize(device: str) -> None:
@@ -269,7 +329,7 @@ def matrix_products(packed, candidates: Candidates, onednn: bool) -> Callable[[]
     The layers' matrix products alone, attention's included, those of images of equal length together: by `torch.mm`
     into buffers that exist already, or by the oneDNN kernel that torch.compile calls on a CPU.
     """
-    config, (cu_seqlens, _, _) = packed.config, packed.prepare_layout(candidates.grid_thw).segments
+    config, lengths = packed.config, candidates.grid_thw.prod(1).tolist()
     like = {"device": candidates.patches.device, "dtype": packed.dtype}
     total, heads = len(candidates.patches), config.num_attention_heads
     head_dim = config.hidden_size // heads
@@ -277,7 +337,7 @@ def matrix_products(packed, candidates: Candidates, onednn: bool) -> Callable[[]
     wide = torch.randn(total, config.intermediate_size, **like)
     hidden_out, wide_out = torch.empty_like(hidden), torch.empty_like(wide)
     attention = []
-    for length, segments in Counter(cu_seqlens.diff().tolist()).items():
+    for length, segments in Counter(lengths).items():
         query = torch.randn(segments * heads, length, head_dim, **like)
         scores = torch.empty(segments * heads, length, length, **like)
         attention.append((query, query.transpose(1, 2), scores, torch.empty_like(query)))
@@ -301,6 +361,68 @@ def matrix_products(packed, candidates: Candidates, onednn: bool) -> Callable[[]
             linear(wide, layer.ffn.down_proj, hidden_out)
 
     return run
+
+
+def attention_kernels(candidates: Candidates, packed) -> dict[str, Callable[[], torch.Tensor]]:
+    """What computes one layer's attention of these images on a GPU: PyTorch's kernels and the engine's own."""
+    heads, lengths = packed.config.num_attention_heads, candidates.grid_thw.prod(1).tolist()
+    total, segments, longest = sum(lengths), len(lengths), max(lengths)
+    head_dim = packed.config.hidden_size // heads
+    states = torch.randn(total, 3, heads, head_dim, device=candidates.patches.device, dtype=packed.dtype).unbind(1)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=candidates.patches.device)
+    package = type(packed).__module__.rpartition(".")[0]
+    own = sys.modules[f"{package}.triton_kernels_aimv2_packing"]
+    bounds = own.segment_bounds(cu_seqlens, total)
+    kernels = {
+        "varlen": lambda: varlen_attn(*states, cu_seqlens, cu_seqlens, longest, longest),
+        "own": lambda: own.segment_attention(*states, bounds),
+    }
+    if segments * longest == total:
+        dense = [x.unflatten(0, (segments, longest)).transpose(1, 2) for x in states]
+        kernels["flash"] = lambda: torch.ops.aten._scaled_dot_product_flash_attention(*dense)[0]
+        kernels["cudnn"] = lambda: torch.ops.aten._scaled_dot_product_cudnn_attention(*dense, None, False)[0]
+    return kernels
+
+
+def limit(packed, candidates: Candidates) -> tuple[Callable[[], None], dict[str, float]]:
+    """All layers' products, merged, and the fastest attention kernel, in a CUDA graph; and seconds of each kernel."""
+    config, total = packed.config, len(candidates.patches)
+    like = {"device": candidates.patches.device, "dtype": packed.dtype}
+    hidden, wide = torch.randn(total, config.hidden_size, **like), torch.randn(total, config.intermediate_size, **like)
+    hidden_out = torch.empty_like(hidden)
+    merged = {"qkv": torch.empty(total, 3 * config.hidden_size, **like)}
+    merged["gate_up"] = torch.empty(total, 2 * config.intermediate_size, **like)
+    weights = []
+    for layer in packed.encoder.layers:
+        attention, ffn = layer.attention, layer.ffn
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        gate_up = torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight])
+        weights.append((qkv.T, attention.out_proj.weight.T, gate_up.T, ffn.down_proj.weight.T))
+    kernels = attention_kernels(candidates, packed)
+    times = {}
+    for name, kernel in kernels.items():
+        graph = torch.cuda.CUDAGraph()
+        kernel()
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                kernel()
+        times[name] = statistics.median(seconds(graph.replay, "cuda") / 20 for _ in range(7))
+    attend = kernels[min(times, key=times.__getitem__)]
+
+    def forward() -> None:
+        for qkv, out, gate_up, down in weights:
+            torch.mm(hidden, qkv, out=merged["qkv"])
+            attend()
+            torch.mm(hidden, out, out=hidden_out)
+            torch.mm(hidden, gate_up, out=merged["gate_up"])
+            torch.mm(wide, down, out=hidden_out)
+
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    # What the graph reads has to live as long.
+    return lambda kept=(hidden, wide, hidden_out, merged, weights, attend): graph.replay(), times
 
 
 def model_flops(packed, grids: list[Grid]) -> int:
@@ -329,21 +451,29 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, rate: float) -> dict:
     packed = models[1]
+    gc.collect()  # the graphs of the mix before
     candidates = Candidates(models, grids, args)
     runs = {candidate: step(forward, args.train) for candidate, forward in candidates.forwards.items()}
+    kernels: dict[str, float] = {}
+    limited = args.device.startswith("cuda") and not args.train and packed.dtype in (torch.bfloat16, torch.float16)
+    if limited:
+        runs["limit"], kernels = limit(packed, candidates)
     shared = args.device == "cpu" and not args.train
     if shared:
         for library in PRODUCTS:
             runs[library] = matrix_products(packed, candidates, onednn=library == "products by oneDNN")
     for run in runs.values():
-        run()  # warms up, compiles
+        for _ in range(5 if args.device.startswith("cuda") else 1):
+            run()  # warms up, compiles, captures
     times: dict[str, list[float]] = {candidate: [] for candidate in runs}
     for _ in range(args.repeats):
         for candidate, run in runs.items():
             times[candidate].append(seconds(run, args.device))
     flops, total = model_flops(packed, grids) * (3 if args.train else 1), len(candidates.patches)
     difference = candidates.largest_difference()
-    result: dict = {"mix": name, "images": len(grids), "patches": total, "candidates": {}}
+    result: dict = {"mix": name, "images": len(grids), "patches": total, "candidates": {}, "attention": kernels}
+    if limited:
+        result["limit"] = statistics.median(times["limit"])
     for candidate in candidates.forwards:
         median = statistics.median(times[candidate])
         row: dict = {
@@ -361,6 +491,10 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
                 for peer in candidates.forwards
                 if not peer.startswith("packed")
             }
+            if limited:
+                row["limit_share"] = statistics.median(
+                    bare / ours for bare, ours in zip(times["limit"], times[candidate], strict=True)
+                )
             if shared:
                 row["matrix_product_share"] = {
                     library: statistics.median(
@@ -403,10 +537,13 @@ def print_results(results: dict) -> None:
             print(f"  {mix['mix']}: {mix['images']} images, {mix['patches']} patches")
             for name, row in mix["candidates"].items():
                 memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f} MiB"
-                line = f"    {name:32} {row['patches_per_second']:>10.0f} patches/s{memory}"
+                line = f"    {name:32} {row['seconds'] * 1e3:8.2f} ms{memory}"
+                line += f", {row['patches_per_second']:.0f} patches/s"
                 line += f", {row['flops_utilisation']:.0%} of the rate"
                 if "speedup_over" in row:
                     line += "; " + ", ".join(f"{peer} x{ratio:.2f}" for peer, ratio in row["speedup_over"].items())
+                if "limit_share" in row:
+                    line += f"; {row['limit_share']:.3f} of the limit"
                 if "matrix_product_share" in row:
                     shares = row["matrix_product_share"].items()
                     line += "; share of " + ", ".join(f"{library} {share:.3f}" for library, share in shares)
@@ -430,8 +567,7 @@ def plot(results: dict, path: Path) -> None:
     for (bars, growth), run in zip(axes, runs, strict=True):
         names = [mix["mix"] for mix in run["mixes"]]
         packed = next(iter(run["mixes"][0]["candidates"]))
-        peers = ["looped", "grouped", "padded", "naflex", "timm"]
-        for index, peer in enumerate(peers):
+        for index, peer in enumerate(PEERS):
             ratios = [mix["candidates"][packed]["speedup_over"].get(peer, 0) for mix in run["mixes"]]
             if any(ratios):
                 bars.bar([position + 0.17 * index for position in range(len(names))], ratios, 0.15, label=peer)
@@ -459,11 +595,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--attn", nargs="+", default=["sdpa"], help="attn_implementation of the packed model")
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile of the packed model")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--best", action="store_true", help="on a GPU, also measure the peers compiled and in graphs")
+    parser.add_argument("--against", type=Path, help="also measure the packed model of this other checkout")
     parser.add_argument("--train", action="store_true", help="measure forward and backward")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="large")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
-    parser.add_argument("--mixes", nargs="+", choices=mixes(), default=list(mixes()))
+    parser.add_argument("--mixes", nargs="+", choices=mixes(), default=list(mixes())[:6])
     parser.add_argument("--patches", type=int, help="repeat each mix up to this many patches")
     parser.add_argument("--max-padding", type=float, default=8, help="skip a padded batch over this many times larger")
     parser.add_argument("--growth", nargs="*", type=int, default=[4, 8, 32, 128, 256], help="numbers of images")

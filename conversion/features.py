@@ -4,6 +4,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -30,18 +31,16 @@ def read_images(
     Raises:
         ValueError: there are none.
     """
-    pictures = []
-    for path in sorted(PHOTOGRAPHS.glob("*.jpg")) if paths is None else paths:
-        with Image.open(path) as file:
-            pictures.append((path.name, file.convert("RGB")))
+    pictures: list[tuple[str, Any]] = [(path.name, str(path)) for path in paths or sorted(PHOTOGRAPHS.glob("*.jpg"))]
     if not pictures:
         raise ValueError(f"No image to compare: {PHOTOGRAPHS} holds none. Name some with --images.")
     if paths is None:
         draw, num_photographs = random.Random(0), len(pictures)
         for index in range(RANDOM_SIZES):
-            name, picture = pictures[index % num_photographs]
+            name, path = pictures[index % num_photographs]
             width, height = draw.randint(224, 1000), draw.randint(224, 1000)
-            pictures.append((f"{name} at {width} x {height}", picture.resize((width, height))))
+            with Image.open(path) as photograph:
+                pictures.append((f"{name} at {width} x {height}", photograph.resize((width, height))))
     # Not to `from_pretrained`: an AutoProcessor gives its arguments to the model's configuration as well.
     sizes = {
         "patch_size": config.patch_size,

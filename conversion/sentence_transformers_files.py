@@ -18,13 +18,8 @@ def write_sentence_transformers_files(folder: Path, config: PreTrainedConfig) ->
             Of its model. An image is what the visual projection gives, or the head, or else the mean over its patches;
             a text is what the text projection gives.
     """
-    modalities = {}
-    if config.model_type == "aimv2_packing_image_text":
-        for modality in ("image", "text"):
-            modalities[modality] = {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
-    else:
-        output = "pooler_output" if config.use_head else "last_hidden_state"
-        modalities["image"] = {"method": "forward", "method_output_name": output}
+    names = ("image", "text") if config.model_type == "aimv2_packing_image_text" else ("image",)
+    modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
     module = {
         "idx": 0,
         "name": "0",

@@ -198,6 +198,8 @@ def verify(
     vision_config = config.vision_config if image_text else config
     if reference is not None:
         check_geometry(folder, config, reference_name, reference.config)
+    # Before the models, which take longer.
+    names, inputs = read_images(vision_config, images)
     notes = []
     original_class = Aimv2Model if image_text else Aimv2VisionModel
     with quiet_loading():
@@ -222,7 +224,6 @@ def verify(
         side = vision_config.image_size
         notes.append(f"the reference has learned positions for {side} x {side} pixels only: images are cropped to that")
 
-    names, inputs = read_images(vision_config, images)
     original = original.eval().to(device)
     original_vision = original.vision_model if image_text else original
     expected_features = [original_features(original_vision, x, vision_config) for x in tqdm(inputs, desc="Original")]

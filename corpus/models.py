@@ -108,7 +108,6 @@ def load_model(folder: str, settings: Settings):
         model_class = local_class("image_text_aimv2_packing.Aimv2PackingImageTextModel")
     else:
         model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
-        options["key_mapping"] = {r"^vision_model\.": ""}
     model, info = model_class.from_pretrained(folder, **options)
     if info["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {sorted(info['missing_keys'])[0]}: convert the model again.")

@@ -98,8 +98,9 @@ def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[
 
 def mean(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features = model(hidden_states, grids).last_hidden_state
-    lengths = grids.prod(1).to(features.device)
-    return torch.segment_reduce(features.float(), "mean", lengths=lengths), features
+    lengths = grids.prod(1).to(features.device, non_blocking=True)
+    # Unsafe: the checks would wait for the device.
+    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True), features
 
 
 def projection(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

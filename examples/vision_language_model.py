@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loading import PHOTOGRAPHS, load, run
+from loading import PHOTOGRAPHS, REPO, load, run
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 
+OUTPUT = Path(REPO, "build", "vision-language-model")
 # The bytes 0 to 255 come first.
 IMAGE_TOKEN, END_TOKEN, PAD_TOKEN, VOCABULARY = 256, 257, 258, 259
 CAPTIONS = {"astronaut": "an astronaut", "cat": "a cat", "coffee": "a cup of coffee", "rocket": "a rocket"}
@@ -107,7 +108,9 @@ def captions_of(model: VisionLanguageModel, inputs: dict[str, torch.Tensor], num
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="converted checkpoint; without it, a small model with random weights")
-    parser.add_argument("--output", type=Path, default=Path("vision-language-model"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="FOLDER", help="default: build/vision-language-model"
+    )
     parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
     arguments = parser.parse_args()
     processor, vision = load(arguments.checkpoint)

@@ -168,7 +168,7 @@ def test_output_is_a_complete_model_repo_with_its_tokenizer(tmp_path, capsys, mo
     assert "| logits |" in card
     examples = [part.split("```")[0] for part in card.split("```python\n")[1:]]
     monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
+    namespace = {}
     for example in examples:
         exec(example, namespace)
     assert namespace["probabilities"].shape == (2, 2)

@@ -446,6 +446,20 @@ def test_permission_denied_is_said(source, name, monkeypatch, capsys):
     assert not (source.parent / "out").exists()
 
 
+def test_disk_that_fills_up_is_said(source, monkeypatch, capsys):
+    def fill(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("conversion.model_repo.write_checkpoint", fill)
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", str(source), str(source.parent / "out")])
+    assert main() == 1
+    expected = (
+        "error: No space left on device. Free some space, or choose another disk; HF_HOME says where downloads go.\n"
+    )
+    assert capsys.readouterr().err == expected
+    assert os.listdir(source.parent) == ["in"]
+
+
 def test_unconverted_checkpoints_are_told_how_to_convert(source):
     expected = f"{source} is not converted (model_type 'aimv2'). If it is an AIMv2 checkpoint, convert it first: "
     with pytest.raises(ValueError, match=re.escape(f"{expected}python convert_weights.py {source} OUTPUT_DIR")):

@@ -78,6 +78,18 @@ def test_own_images(tmp_path):
     assert report["passed"] and [image["image"] for image in report["images"]] == ["grey.png", "alpha.png"]
 
 
+def test_image_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    """EPS, whatever its name: PIL would hand it to Ghostscript."""
+    run(parse_arguments([str(save(tmp_path / "in", reference_model())), str(tmp_path / "out")]))
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    capsys.readouterr()
+    arguments = [str(tmp_path / "out"), "--verify", "--images", str(tmp_path / "a.jpg")]
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", *arguments])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a.jpg' holds no image of the formats" in error
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,7 +1,8 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An image-text repo pushed to the loopback Hub, and what loads from there: all of it, its vision tower, one line."""
+"""An image-text checkpoint of the loopback Hub, converted and pushed, and what loads from there."""
 
+import checkpoints
 import pytest
 import torch
 from hub_server import Hub
@@ -10,20 +11,11 @@ from image_text_checkpoints import (
     clip_tokenizer,
     image_text_model,
     reference_image_text_model,
-    save_image_text_repo,
 )
 from reference import REPO, pack, random_images
 from safetensors.torch import save_file
-from test_hub import client
+from test_hub import client, converter
 
-
-PUSH = """
-    import sys
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo("alice/lit", private=True)
-    HfApi().upload_folder(repo_id="alice/lit", folder_path=sys.argv[1])
-"""
 
 LOAD = """
     import sys
@@ -44,7 +36,7 @@ LOAD = """
     close(model(**batch, **processor(text=texts, padding=True, return_tensors="pt")).logits_per_image, "logits")
 
     tower_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", "alice/lit")
-    tower = tower_class.from_pretrained("alice/lit", key_mapping={r"^vision_model\\.": ""}).eval()
+    tower = tower_class.from_pretrained("alice/lit").eval()
     close(tower(**batch).pooler_output, "pooled")
 
     encoder = SentenceTransformer("alice/lit", trust_remote_code=True, device="cpu")
@@ -70,9 +62,15 @@ def hub():
 @torch.no_grad()
 def test_pushed_and_loaded_from_the_hub(hub, tmp_path):
     reference = reference_image_text_model()
-    folder = save_image_text_repo(tmp_path / "repo", reference)
-    pushed = client(hub, tmp_path / "a", PUSH, folder)
+    tensors, config = checkpoints.apple_image_text(reference), checkpoints.apple_image_text_config(reference)
+    source = checkpoints.save(tmp_path / "source", tensors, config)
+    clip_tokenizer().save_pretrained(source)
+    (source / "trap.py").write_text("raise SystemExit('the code of the source was run')")
+    hub.add_repo("apple/aimv2-tiny-lit", {path.name: path.read_bytes() for path in source.iterdir()})
+    command = ["apple/aimv2-tiny-lit", tmp_path / "out", "--push-to-hub", "alice/lit", "--private"]
+    pushed = converter(hub, tmp_path / "a", *command)
     assert pushed.returncode == 0, pushed.stderr
+    assert not list((tmp_path / "a").rglob("trap.py"))
 
     model = image_text_model(reference)
     batch = pack(random_images([(4, 4), (3, 5), (1, 7)]))

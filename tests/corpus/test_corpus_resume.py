@@ -273,8 +273,16 @@ def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatc
 
 
 def test_settings_name_what_differs() -> None:
-    fields = {"config": {}, "processor": {"a": 1}, "dtype": "float32", "pooling": "mean", "patch_features": None}
-    settings = corpus_settings.Settings(weights="0" * 64, image_column=None, id_column=None, **fields)
+    settings = corpus_settings.Settings(
+        weights="0" * 64,
+        config={},
+        processor={"a": 1},
+        dtype="float32",
+        pooling="mean",
+        patch_features=None,
+        image_column=None,
+        id_column=None,
+    )
     assert settings.differences(vars(settings)) == []
     other = {**vars(settings), "weights": "1" * 64, "processor": {"a": 2, "b": 3}}
     assert settings.differences(other) == [

@@ -171,14 +171,16 @@ def test_the_committed_picture():
         assert picture.format == "PNG"
 
 
+# Each takes a process of its own: one native, one fixed and with a head.
+@pytest.mark.parametrize("checkpoint", ["native", "image-text"], indirect=True)
 def test_the_language_model_learns_is_saved_and_captions(checkpoint, tmp_path):
     # By itself, because it registers the tower's classes.
     command = [sys.executable, str(EXAMPLES / "vision_language_model.py"), "--checkpoint", str(checkpoint)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, "--output", "saved"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for name, caption in [("astronaut", "an astronaut"), ("coffee", "a cup of coffee"), ("rocket", "a rocket")]:
         assert f"{name}.jpg: {caption}\n" in result.stdout
-    saved = load_file(tmp_path / "vision-language-model" / "model.safetensors")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
     weights = load_file(checkpoint / "model.safetensors")
     if "text_config" in json.loads((checkpoint / "config.json").read_text()):
         prefix = "vision_model."

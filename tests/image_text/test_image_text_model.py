@@ -17,7 +17,7 @@ from image_text_checkpoints import (
     reference_image_text_model,
     save_image_text_repo,
 )
-from reference import REPO, Aimv2PackingModel, pack, packing_model, random_images, reference_model
+from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel, pack, packing_model, random_images, reference_model
 from transformers import Aimv2Model, Aimv2VisionConfig, AutoModel, AutoProcessor
 
 
@@ -198,7 +198,7 @@ def test_saved_model_and_processor_load_again(repo, tmp_path):
 
 @torch.no_grad()
 def test_vision_tower_loads_alone(repo):
-    tower = Aimv2PackingModel.from_pretrained(repo, key_mapping={r"^vision_model\.": ""}).eval()
+    tower = Aimv2PackingModel.from_pretrained(repo).eval()
     expected = AutoModel.from_pretrained(repo, trust_remote_code=True).eval().vision_model
     inputs = pack(random_images(ODD_GRIDS))
     assert torch.equal(tower(**inputs).pooler_output, expected(**inputs).pooler_output)
@@ -212,7 +212,7 @@ def test_checkpoint_without_its_texts_is_refused(repo, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     for path in REPO.glob("*_aimv2_packing.py"):
         shutil.copyfile(path, tmp_path / path.name)
-    with pytest.raises(ValueError, match=r"is no checkpoint of Aimv2PackingImageTextModel: it lacks .* weights"):
+    with pytest.raises(ValueError, match=r"is no checkpoint of Aimv2PackingImageTextModel .*: it lacks .* weights"):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 
@@ -260,6 +260,24 @@ def test_configuration():
     converted = Aimv2PackingImageTextConfig(vision_config=vision).vision_config
     assert converted.hidden_size == 64
     assert converted.model_type == "aimv2_packing"
+
+
+def test_configuration_takes_that_of_a_vision_tower_of_another_repo():
+    # Each repo's code is a module of its own, so the class has the same name and is another.
+    vision = Aimv2PackingConfig(hidden_size=64, num_attention_heads=2, patch_layout="channels_last")
+    own_class = Aimv2PackingImageTextConfig.sub_configs["vision_config"]
+    assert type(vision) is not own_class
+    config = Aimv2PackingImageTextConfig(vision_config=vision).vision_config
+    assert type(config) is own_class
+    assert config.to_dict() == vision.to_dict()
+
+
+def test_parts_of_the_configuration_are_named_by_their_classes():
+    config = Aimv2PackingImageTextConfig()
+    assert Aimv2PackingImageTextConfig.sub_configs == {
+        "text_config": type(config.text_config),
+        "vision_config": type(config.vision_config),
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 One rank of a training step under each strategy in turn: `torchrun --nproc-per-node=2 distributed_worker.py MODEL
-OUTPUT`. Rank 0 leaves the gradients, the trained checkpoint and what it held in OUTPUT/STRATEGY.
+OUTPUT [DEVICE]`. Rank 0 leaves the gradients, the trained checkpoint and what it held in OUTPUT/STRATEGY.
 """
 
 import json
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from reference import ODD_GRIDS, Aimv2PackingModel, pack, random_images
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,8 +22,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 
-STRATEGIES = ("fsdp", "fsdp_checkpointing", "fsdp_config", "tp", "ddp_empty", "ddp_lora")
+STRATEGIES = ("fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config", "tp", "ddp_empty", "ddp_lora")
 LEARNING_RATE = 0.1
+
+
+def join(device: str) -> torch.device:
+    """Joins the processes of torchrun; each has a device of its own."""
+    if device == "cpu":
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    own = torch.device(device, int(os.environ["LOCAL_RANK"]))
+    torch.accelerator.set_device_index(own.index)
+    dist.init_process_group("nccl", device_id=own, timeout=timedelta(minutes=2))
+    return own
 
 
 def batch_of(rank: int) -> dict[str, torch.Tensor]:
@@ -34,14 +48,16 @@ def empty_batch() -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    output = model(**batch)
-    features = output.last_hidden_state
-    probe = torch.arange(features.shape[1]).cos()
+    output = model(**{**batch, "hidden_states": batch["hidden_states"].to(next(model.parameters()).device)})
+    features = output.last_hidden_state.float()
+    probe = torch.arange(features.shape[1]).cos().to(features.device)
     loss = torch.tanh(features @ probe).sum()
-    return loss if output.pooler_output is None else loss + torch.tanh(output.pooler_output @ probe).sum()
+    return loss if output.pooler_output is None else loss + torch.tanh(output.pooler_output.float() @ probe).sum()
 
 
 def add_lora(model: torch.nn.Module) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(7)
     targets = ["q_proj", "v_proj", "gate_proj"]
     # The default start, where the adapters are the identity, would hide half of the gradients.
@@ -63,25 +79,43 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(model)
 
 
-def train(strategy: str, folder: str, output: Path) -> None:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    batch = batch_of(0 if strategy == "tp" else rank)
-    state_dict = None
+def batches_of(strategy: str) -> list[dict[str, torch.Tensor]]:
+    """The batch of each rank; under tensor parallelism all work on one."""
+    if strategy == "tp":
+        return [batch_of(0)]
+    return [batch_of(0), empty_batch() if strategy.endswith("_empty") else batch_of(1)]
 
-    if strategy in ("fsdp_config", "tp"):
+
+def train_in_one_process(model: torch.nn.Module, batches: list[dict]) -> tuple[dict, dict]:
+    """The gradient of the mean of the batches' losses, and the parameters after one step of plain descent."""
+    model.train()
+    (torch.stack([loss_of(model, batch) for batch in batches]).sum() / len(batches)).backward()
+    torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE).step()
+    return gradients(model), {name: p.detach() for name, p in model.named_parameters()}
+
+
+def train(
+    strategy: str, folder: str | Path, output: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batches = batches_of(strategy)
+    batch = batches[rank % len(batches)]
+    state_dict = None
+    by_config, by_torch = strategy in ("fsdp_config", "tp"), strategy in ("fsdp", "fsdp_checkpointing", "fsdp_empty")
+
+    if by_config:
         axis = "tp_size" if strategy == "tp" else "fsdp_size"
-        model = Aimv2PackingModel.from_pretrained(folder, distributed_config=DistributedConfig(**{axis: size}))
+        config = DistributedConfig(**{axis: size})
+        model = Aimv2PackingModel.from_pretrained(folder, dtype=dtype, distributed_config=config)
     else:
-        model = Aimv2PackingModel.from_pretrained(folder)
+        model = Aimv2PackingModel.from_pretrained(folder, dtype=dtype).to(device)
     model.train()
     if strategy == "fsdp_checkpointing":
         model.gradient_checkpointing_enable()
-    if strategy in ("fsdp", "fsdp_checkpointing"):
+    if by_torch:
         shard(model)
     if strategy == "ddp_lora":
         model = add_lora(model)
-    if strategy == "ddp_empty" and rank == 1:
-        batch = empty_batch()
     wrapped = DistributedDataParallel(model) if strategy.startswith("ddp") else model
 
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
@@ -89,10 +123,10 @@ def train(strategy: str, folder: str, output: Path) -> None:
     grads = gradients(model)
     optimizer.step()
 
-    if strategy in ("fsdp", "fsdp_checkpointing"):
+    if by_torch:
         state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     # Every rank takes part: transformers gathers what it has sharded itself, and writes on the first rank.
-    if strategy in ("fsdp_config", "tp") or rank == 0:
+    if by_config or rank == 0:
         model.save_pretrained(output / "checkpoint", state_dict=state_dict)
     if rank == 0:
         save_file(grads, output / "gradients.safetensors")
@@ -102,11 +136,11 @@ def train(strategy: str, folder: str, output: Path) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    device = join(sys.argv[3] if len(sys.argv) > 3 else "cpu")
     for strategy in STRATEGIES:
         output = Path(sys.argv[2]) / strategy
         output.mkdir(exist_ok=True)
-        train(strategy, sys.argv[1], output)
+        train(strategy, sys.argv[1], output, device)
         dist.barrier()
     dist.destroy_process_group()
 

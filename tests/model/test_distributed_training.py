@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Training in two processes against the same step in one: gradients, and the checkpoint that comes out."""
 
 import json
@@ -11,7 +13,7 @@ import torch
 pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
 pytest.importorskip("peft", reason="needs requirements-scale.txt")
 
-from distributed_worker import LEARNING_RATE, add_lora, batch_of, empty_batch, gradients, loss_of
+from distributed_worker import add_lora, batch_of, batches_of, train_in_one_process
 from peft import PeftModel
 from reference import Aimv2PackingModel, pack, random_images
 from safetensors.torch import load_file
@@ -30,12 +32,27 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_repo(tmp_path_factory.mktemp("model"), use_head=True)
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def trained(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have left a folder for each strategy."""
+def trained(repo: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes, each on a device of its own, have left a folder for each strategy."""
     output = tmp_path_factory.mktemp("trained")
-    run_processes(WORKER, repo, output)
+    run_processes(WORKER, repo, output, device)
     return output
+
+
+def in_one_process(strategy: str, model: torch.nn.Module, device: str) -> tuple[dict, dict]:
+    """Gradients and trained parameters of the same step in this process; `model` ends on the CPU."""
+    grads, _ = train_in_one_process(model.to(device), batches_of(strategy))
+    parameters = model.cpu().named_parameters()
+    return {name: grad.cpu() for name, grad in grads.items()}, {name: p.detach() for name, p in parameters}
 
 
 def read(folder: Path) -> tuple[dict, dict, dict]:
@@ -48,18 +65,10 @@ def read(folder: Path) -> tuple[dict, dict, dict]:
     )
 
 
-def train_in_one_process(model: torch.nn.Module, batches: list[dict]) -> tuple[dict, dict]:
-    """The gradient of the mean of the batches' losses, and the parameters after one step of plain descent."""
-    model.train()
-    (torch.stack([loss_of(model, batch) for batch in batches]).sum() / len(batches)).backward()
-    torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE).step()
-    return gradients(model), {name: p.detach() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_checkpointing", "fsdp_config"])
-def test_fully_sharded_step_equals_one_process(strategy: str, repo: Path, trained: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config"])
+def test_fully_sharded_step_equals_one_process(strategy: str, repo: Path, trained: Path, device: str) -> None:
     grads, weights, state = read(trained / strategy)
-    expected = train_in_one_process(Aimv2PackingModel.from_pretrained(repo), [batch_of(0), batch_of(1)])
+    expected = in_one_process(strategy, Aimv2PackingModel.from_pretrained(repo), device)
     assert_tensors_close(grads, expected[0], TOLERANCE)
     assert_tensors_close(weights, expected[1], TOLERANCE)
     # Half of everything but the class token: its first dimension, along which FSDP2 cuts, is 1.
@@ -67,27 +76,26 @@ def test_fully_sharded_step_equals_one_process(strategy: str, repo: Path, traine
     assert {"", "encoder.layers.0", "encoder.layers.1"} <= set(state["units"])
 
 
-def test_tensor_parallel_step_equals_one_process(repo: Path, trained: Path) -> None:
+def test_tensor_parallel_step_equals_one_process(repo: Path, trained: Path, device: str) -> None:
     grads, weights, state = read(trained / "tp")
-    model = Aimv2PackingModel.from_pretrained(repo)
-    expected = train_in_one_process(model, [batch_of(0)])
+    expected = in_one_process("tp", Aimv2PackingModel.from_pretrained(repo), device)
     assert_tensors_close(grads, expected[0], TOLERANCE)
     assert_tensors_close(weights, expected[1], TOLERANCE)
     in_layers = re.compile(r"encoder\.layers.*proj").search
     assert state["held"] == sum(p.numel() // 2 if in_layers(name) else p.numel() for name, p in expected[1].items())
 
 
-def test_rank_without_images_neither_hangs_nor_changes_the_gradients(repo: Path, trained: Path) -> None:
+def test_rank_without_images_neither_hangs_nor_changes_the_gradients(repo: Path, trained: Path, device: str) -> None:
     grads, weights, _ = read(trained / "ddp_empty")
-    expected = train_in_one_process(Aimv2PackingModel.from_pretrained(repo), [batch_of(0), empty_batch()])
+    expected = in_one_process("ddp_empty", Aimv2PackingModel.from_pretrained(repo), device)
     assert_tensors_close(grads, expected[0], TOLERANCE)
     assert_tensors_close(weights, expected[1], TOLERANCE)
 
 
-def test_lora_step_equals_one_process_and_its_adapter_loads(repo: Path, trained: Path) -> None:
+def test_lora_step_equals_one_process_and_its_adapter_loads(repo: Path, trained: Path, device: str) -> None:
     grads, adapter, _ = read(trained / "ddp_lora")
     model = add_lora(Aimv2PackingModel.from_pretrained(repo))
-    expected_grads, expected = train_in_one_process(model, [batch_of(0), batch_of(1)])
+    expected_grads, expected = in_one_process("ddp_lora", model, device)
     assert_tensors_close(grads, expected_grads, TOLERANCE)
     assert all("lora_" in name for name in grads)
     expected = {name.replace(".default", ""): p for name, p in expected.items() if "lora_" in name}

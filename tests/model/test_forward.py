@@ -173,3 +173,23 @@ def test_no_images_is_a_valid_batch(is_native, attn):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("merge_temporal", [False, True])
+def test_a_model_without_a_head_gives_the_mean_over_the_patches(merge_temporal):
+    model = packing_model(reference_model(), merge_temporal=merge_temporal)
+    grid_thw = torch.tensor([(1, 3, 4), (2, 2, 3), (1, 1, 1)])
+    hidden_states = torch.randn(25, 588)
+    with torch.inference_mode():
+        outputs = model.get_image_features(hidden_states, grid_thw)
+        as_tuple = model.get_image_features(hidden_states, grid_thw, return_dict=False)
+    lengths = [12, 12, 1] if merge_temporal else [12, 6, 6, 1]
+    expected = torch.stack([part.mean(dim=0) for part in outputs.last_hidden_state.split(lengths)])
+    torch.testing.assert_close(outputs.pooler_output, expected)
+    assert torch.equal(as_tuple[1], outputs.pooler_output)
+
+
+def test_a_model_with_a_head_gives_what_the_head_gives(model):
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        assert torch.equal(model.get_image_features(**inputs).pooler_output, model(**inputs).pooler_output)

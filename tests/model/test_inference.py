@@ -273,7 +273,7 @@ def test_transforms_of_torch_func_take_the_plain_path(packed, inputs):
 @pytest.mark.parametrize("attn", ["eager"])
 def test_another_attention_takes_the_plain_path(inputs, attn):
     packed = packing_model(reference_model(), attn=attn)
-    assert path_of(packed, inputs) == f"plain: cpu: attn_implementation is {attn}"
+    assert path_of(packed, inputs).startswith(f"plain: cpu: attn_implementation is {attn}")
 
 
 def test_weights_changed_in_place_or_replaced_count_at_once(packed, inputs):
@@ -373,7 +373,7 @@ def test_which_path_ran_is_logged(packed, inputs, caplog):
     assert "plain: `use_engines` is false" in caplog.text
 
 
-@pytest.mark.parametrize("room", ["cpu_inference"])
+@pytest.mark.parametrize("room", ["cpu_inference", "cuda_inference"])
 def test_an_engine_can_be_removed_without_a_trace(room, packed, inputs, tmp_path):
     """Its file, its imports and its entry in the table of engines: the model gives the same features."""
     expected = packed(**inputs).last_hidden_state
@@ -396,7 +396,7 @@ def test_an_engine_can_be_removed_without_a_trace(room, packed, inputs, tmp_path
     (tmp_path / f"{room}_aimv2_packing.py").unlink()
     without = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
     ours = without(**inputs).last_hidden_state
-    assert without.path.startswith("plain")
+    assert without.path.startswith("plain" if room == "cpu_inference" else "cpu")
     assert (ours - expected).abs().max() < 1e-5
 
 

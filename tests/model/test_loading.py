@@ -1,5 +1,7 @@
 """Checkpoints: same keys as the original, loaded by either class, and never half loaded."""
 
+import copy
+
 import pytest
 import torch
 from reference import REPO, TINY, Aimv2PackingModel, pack, packing_model, random_images, reference_model
@@ -90,12 +92,17 @@ def test_another_layout_is_an_error_that_names_the_converter(tmp_path):
         Aimv2PackingModel.from_pretrained(tmp_path)
 
 
-def test_a_text_and_vision_checkpoint_is_an_error(tmp_path):
+def test_the_vision_tower_of_an_image_text_checkpoint_loads_alone(tmp_path):
     vision = {**TINY, "use_head": True}
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    Aimv2Model(Aimv2Config(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"convert_weights\.py"):
-        Aimv2PackingModel.from_pretrained(tmp_path)
+    theirs = Aimv2Model(Aimv2Config(vision_config=vision, text_config=text, projection_dim=16))
+    theirs.save_pretrained(tmp_path)
+    packed = Aimv2PackingModel.from_pretrained(tmp_path)
+    expected = theirs.vision_model.state_dict()
+    assert packed.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in packed.state_dict().items())
+    packed.save_pretrained(tmp_path / "tower")
+    assert load_file(tmp_path / "tower" / "model.safetensors").keys() == expected.keys()
 
 
 def test_a_new_head_on_top_may_start_from_the_encoder_alone(tmp_path):
@@ -105,14 +112,14 @@ def test_a_new_head_on_top_may_start_from_the_encoder_alone(tmp_path):
     class Classifier(Aimv2PackingModel.__mro__[1]):
         def __init__(self, config):
             super().__init__(config)
-            self.aimv2_packing = Aimv2PackingModel(config)
+            self.vision_model = Aimv2PackingModel(config)
             self.classifier = torch.nn.Linear(config.hidden_size, 3)
             self.post_init()
 
     model, info = Classifier.from_pretrained(tmp_path, output_loading_info=True)
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
     for name, value in reference.state_dict().items():
-        assert torch.equal(model.aimv2_packing.state_dict()[name], value)
+        assert torch.equal(model.vision_model.state_dict()[name], value)
 
 
 def test_fresh_weights_follow_the_original_initialisation():
@@ -130,3 +137,12 @@ def test_fresh_weights_follow_the_original_initialisation():
 def test_no_buffers():
     """What `from_pretrained` would leave undefined on the meta device does not exist."""
     assert not list(packing_model(reference_model(is_native=False)).buffers())
+
+
+def test_input_embeddings_are_those_of_patches_and_can_be_replaced():
+    packed = packing_model(reference_model())
+    original = packed.get_input_embeddings()
+    assert original is packed.embeddings.patch_embed
+    other = copy.deepcopy(original)
+    packed.set_input_embeddings(other)
+    assert packed.get_input_embeddings() is packed.embeddings.patch_embed is other

@@ -1,10 +1,21 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """On a CUDA device: every attention path against float32, no device synchronisation, and compilation."""
 
 import warnings
 
 import pytest
 import torch
-from reference import ODD_GRIDS, pack, packing_model, random_images, random_mixes, reference_model
+from reference import (
+    ODD_GRIDS,
+    hub_module,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    random_mixes,
+    reference_model,
+)
 from transformers.utils import is_flash_attn_2_available
 
 
@@ -90,11 +101,12 @@ def test_no_device_synchronisation_with_a_grid_on_the_cpu(is_native):
     packed = packing_model(reference_model(torch.bfloat16, use_head=True, is_native=is_native)).cuda()
     inputs = on_gpu(pack(random_images(GRIDS)))
     with torch.inference_mode():
-        packed(**inputs)
+        for _ in range(5):
+            packed(**inputs)
         torch.cuda.set_sync_debug_mode("error")
         try:
             packed(**inputs)
-            packed(inputs["hidden_states"], layout=packed.prepare_layout(inputs["grid_thw"]))
+            packed(inputs["hidden_states"], **packed_layout(inputs["grid_thw"], packed.config)._asdict())
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -124,7 +136,8 @@ def test_a_poisoned_neighbour_leaves_no_trace(attn):
     packed = packing_model(reference_model(torch.bfloat16, use_head=True), attn=attn).cuda()
     images = random_images(ODD_GRIDS)
     with torch.inference_mode():
-        clean = packed(**on_gpu(pack(images)))
+        for _ in range(3):  # the first forwards of a layout may run another way
+            clean = packed(**on_gpu(pack(images)))
         images[4] = torch.full_like(images[4], float("nan"))
         inputs = on_gpu(pack(images))
         poisoned = packed(**inputs)
@@ -150,7 +163,8 @@ def test_the_encoder_compiles_whole_and_once_for_all_mixes():
     with torch.inference_mode():
         for mix in random_mixes(20):
             inputs = on_gpu(mix)
-            layout = packed.prepare_layout(inputs["grid_thw"]).to("cuda")
+            layout = hub_module("layout").resolve_layout(inputs["grid_thw"], {}, packed.config, inputs["hidden_states"])
+            layout = layout._replace(runs=None)
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state
             expected = packed.encoder(embedded, layout).last_hidden_state

@@ -1,0 +1,240 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for what lies between an encoder's matrix products: norms, the gate, and attention inside segments."""
+
+import math
+
+import torch
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Of attention; measured on an H100, docs/kernels.md.
+BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
+
+if triton is not None:
+
+    @triton.jit
+    def add_rms_norm_kernel(
+        residual, delta, weight, output, eps, size: tl.constexpr, block: tl.constexpr, add: tl.constexpr
+    ):
+        # 64 bits: a batch may hold more than 2**31 values.
+        row = tl.program_id(0).to(tl.int64) * size
+        columns = tl.arange(0, block)
+        inside = columns < size
+        values = tl.load(residual + row + columns, mask=inside, other=0.0)
+        if add:
+            added = tl.load(delta + row + columns, mask=inside, other=0.0).to(tl.float32)
+            values = (values.to(tl.float32) + added).to(values.dtype)
+            tl.store(residual + row + columns, values, mask=inside)
+        wide = values.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+        weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(output + row + columns, (wide * scale * weights).to(values.dtype), mask=inside)
+
+    @triton.jit
+    def silu_mul_kernel(gate_up, output, size: tl.constexpr, block: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * block + tl.arange(0, block)
+        inside = columns < size
+        gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0)
+        up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
+        wide = gate.to(tl.float32)
+        tl.store(output + row * size + columns, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)
+
+    @triton.jit
+    def segment_bounds_kernel(cu_seqlens, starts, ends, patches, segments, block: tl.constexpr):
+        rows = tl.program_id(0) * block + tl.arange(0, block)
+        # The number of segments that begin at or before each row, by bisection.
+        low = tl.zeros([block], tl.int32)
+        high = tl.zeros([block], tl.int32) + segments
+        width = segments
+        while width > 0:
+            middle = (low + high + 1) // 2
+            before = tl.load(cu_seqlens + middle) <= rows
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, tl.maximum(middle - 1, low))
+            width = width // 2
+        inside = rows < patches
+        tl.store(starts + rows, tl.load(cu_seqlens + low), mask=inside)
+        last = tl.load(cu_seqlens + tl.minimum(low + 1, segments))
+        tl.store(ends + rows, tl.minimum(last, patches), mask=inside)
+
+    @triton.jit
+    def attend_to_block(
+        query,
+        keys,
+        values,
+        stride,
+        scale,
+        first,
+        end,
+        maxima,
+        sums,
+        attended,
+        masked: tl.constexpr,
+        block: tl.constexpr,
+        head_dim: tl.constexpr,
+    ):
+        rows = first + tl.arange(0, block)
+        at = rows.to(tl.int64)[:, None] * stride + tl.arange(0, head_dim)[None, :]
+        inside = rows < end
+        # Zeros, not what follows the segment: a weight of 0 times a stranger's NaN would be NaN.
+        if masked:
+            key = tl.load(keys + at, mask=inside[:, None], other=0.0)
+            value = tl.load(values + at, mask=inside[:, None], other=0.0)
+        else:
+            key = tl.load(keys + at)
+            value = tl.load(values + at)
+        scores = tl.dot(query, tl.trans(key))
+        if masked:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+        larger = tl.maximum(maxima, tl.max(scores, 1) * scale)
+        weights = tl.math.exp2(scores * scale - larger[:, None])
+        shrink = tl.math.exp2(maxima - larger)
+        attended = tl.dot(weights.to(value.dtype), value, attended * shrink[:, None])
+        return larger, sums * shrink + tl.sum(weights, 1), attended
+
+    @triton.jit
+    def segment_attention_kernel(
+        query,
+        keys,
+        values,
+        output,
+        starts,
+        ends,
+        scale,
+        stride,
+        patches,
+        head_dim: tl.constexpr,
+        block_rows: tl.constexpr,
+        block_keys: tl.constexpr,
+    ):
+        head = tl.program_id(1)
+        rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+        inside = rows < patches
+        row_starts = tl.load(starts + rows, mask=inside, other=-1)
+        row_ends = tl.load(ends + rows, mask=inside, other=0)
+        dims = tl.arange(0, head_dim)
+        at = rows.to(tl.int64)[:, None] * stride + head * head_dim + dims[None, :]
+        queries = tl.load(query + at, mask=inside[:, None], other=0.0)
+        keys += head * head_dim
+        values += head * head_dim
+        out = rows.to(tl.int64)[:, None] * (tl.num_programs(1) * head_dim) + head * head_dim + dims[None, :]
+        first = tl.max(tl.where(rows == tl.program_id(0) * block_rows, row_starts, -1), 0)
+        last = tl.max(row_ends, 0)
+        # One segment after the other: the rows of others compute along, but nothing of theirs is kept.
+        while first < last:
+            own = row_starts == first
+            end = tl.max(tl.where(own, row_ends, 0), 0)
+            maxima = tl.zeros([block_rows], tl.float32) - float("inf")
+            sums = tl.zeros([block_rows], tl.float32)
+            attended = tl.zeros([block_rows, head_dim], tl.float32)
+            whole = first + (end - first) // block_keys * block_keys
+            for block in range(first, whole, block_keys):
+                maxima, sums, attended = attend_to_block(
+                    queries,
+                    keys,
+                    values,
+                    stride,
+                    scale,
+                    block,
+                    end,
+                    maxima,
+                    sums,
+                    attended,
+                    False,
+                    block_keys,
+                    head_dim,
+                )
+            if whole < end:
+                maxima, sums, attended = attend_to_block(
+                    queries, keys, values, stride, scale, whole, end, maxima, sums, attended, True, block_keys, head_dim
+                )
+            tl.store(output + out, (attended / sums[:, None]).to(queries.dtype), mask=own[:, None])
+            # Never backwards, whatever the bounds hold: a loop without end would hang the GPU.
+            first = tl.maximum(end, first + 1)
+
+
+def add_rms_norm(
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> None:
+    """
+    `residual += delta` in place, unless `delta` is `None`; then `out = residual / rms(residual) * weight`.
+
+    Sums and norm are in float32, each result is rounded once: the sum as PyTorch's, the norm as `nn.RMSNorm`'s.
+
+    Args:
+        residual, delta, out (`torch.Tensor` of shape `(patches, size)`): Contiguous, of one dtype of at most 32 bits.
+        weight (`torch.Tensor` of shape `(size,)`): Of the same dtype.
+        eps (`float`): Added to the mean square.
+    """
+    patches, size = residual.shape
+    block = triton.next_power_of_2(size)
+    added = residual if delta is None else delta
+    add_rms_norm_kernel[(patches,)](
+        residual, added, weight, out, eps, size, block, delta is not None, num_warps=max(1, min(8, block // 256))
+    )
+
+
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """
+    `out = silu(gate) * up`, in float32 and rounded once.
+
+    Args:
+        gate_up (`torch.Tensor` of shape `(patches, 2 * size)`): `gate` left of `up`; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous, of the same dtype of at most 32 bits.
+    """
+    patches, size = out.shape
+    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
+
+
+def segment_bounds(cu_seqlens: torch.Tensor, patches: int) -> torch.Tensor:
+    """First patch of each patch's segment and the patch after its last, int32 of shape `(2, patches)`."""
+    bounds = cu_seqlens.new_empty(2, patches)
+    segment_bounds_kernel[(triton.cdiv(patches, 128),)](
+        cu_seqlens, bounds[0], bounds[1], patches, cu_seqlens.shape[0] - 1, 128, num_warps=4
+    )
+    return bounds
+
+
+def segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
+    """
+    Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
+    values, as in flash attention. No patch of another segment has a say, NaN or infinite as it may be.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
+            `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
+        bounds (`torch.Tensor`, int32 of shape `(2, patches)`): What `segment_bounds` returns.
+
+    Returns:
+        `torch.Tensor` of `query`'s shape, contiguous.
+    """
+    patches, heads, head_dim = query.shape
+    output = query.new_empty(patches, heads, head_dim)
+    # exp2 is what the hardware has.
+    scale = head_dim**-0.5 * math.log2(math.e)
+    segment_attention_kernel[(triton.cdiv(patches, BLOCK_ROWS), heads)](
+        query,
+        key,
+        value,
+        output,
+        bounds[0],
+        bounds[1],
+        scale,
+        query.stride(0),
+        patches,
+        head_dim,
+        BLOCK_ROWS,
+        BLOCK_KEYS,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return output
