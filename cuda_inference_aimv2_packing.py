@@ -707,7 +707,8 @@ def encode(
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
     norm, in the dtype of the weights; a tensor of its own, not one that the next forward writes to.
     """
-    engine = engines[model]
+    # Another thread may have released it since it was asked.
+    engine = engines.get(model) or engine_of(model)
     output = started[1] if started is not None and started[0] is engine else None
     with torch.cuda.device(engine.device):
         return engine.encode(hidden_states, layout, output)
