@@ -6,7 +6,6 @@ imported, so each step runs in a process of its own with a fresh cache.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import checkpoints
 import pytest
 import torch
 from hub_server import Hub, stored
-from image_text_checkpoints import clip_tokenizer, reference_image_text_model
 from reference import REPO, pack, packing_model, random_images, reference_model
 from safetensors.torch import load_file, save_file
 
@@ -261,27 +259,6 @@ def test_what_keeps_a_source_away_is_one_line_with_what_next(hub, tmp_path, sour
     ):
         assert error.startswith("error: ") and error.count("\n") == 1, error
         assert expected in error
-
-
-def test_commands_of_the_page_run_in_their_order(hub, tmp_path, monkeypatch):
-    """Those of docs/converting.md, on small checkpoints under the names of the released ones."""
-    whole, native = reference_image_text_model(), reference_model()
-    checkpoints.save(tmp_path / "lit", checkpoints.apple_image_text(whole), checkpoints.apple_image_text_config(whole))
-    clip_tokenizer().save_pretrained(tmp_path / "lit")
-    checkpoints.save(tmp_path / "native", checkpoints.apple(native), checkpoints.apple_config(native))
-    for folder, name in (("native", "native"), ("lit", "224-lit")):
-        files = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-        hub.add_repo(f"apple/aimv2-large-patch14-{name}", files)
-    blocks = (REPO / "docs" / "converting.md").read_text().split("```sh\n")[1:]
-    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
-    commands = [("hf_alice", *line.replace("USER/", "alice/").split()[2:]) for line in lines]
-    assert all(line.startswith("python convert_weights.py ") for line in lines)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    result = client(hub, tmp_path / "a", COMMANDS.format(commands=commands))
-    assert [part.split()[0] for part in result.stdout.split("-----")[1:]] == ["0"] * len(commands), result.stderr
-    assert {"alice/aimv2-large-packed", "alice/aimv2-large-half"} <= hub.repos.keys()
-    assert json.loads(Path("report.json").read_text())["passed"]
 
 
 def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):

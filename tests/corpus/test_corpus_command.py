@@ -181,7 +181,7 @@ def test_a_wrong_address_is_one_line(arguments: list[object], monkeypatch) -> No
 
 
 def test_a_model_on_the_hub_is_held_by_its_commit(head_repo: Path, tmp_path: Path) -> None:
-    paths = [REPO, REPO / "tests", REPO / "tests/corpus", REPO / "tests/conversion"]
+    paths = [REPO, REPO / "tests", REPO / "tests/corpus"]
     result = subprocess.run(
         [sys.executable, str(REPO / "tests/corpus/model_on_the_hub.py"), str(head_repo), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},

@@ -1,0 +1,325 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""README and docs: all code and commands run in the order written, links lead somewhere, tables are whole."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+from image_text_checkpoints import clip_tokenizer, reference_image_text_model, save_image_text_repo
+from page import Page, Step
+from PIL import Image
+from reference import REPO, reference_model
+from scaling import make_model_repo
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+PAGES = ["README.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "text", "bibtex"}
+
+# What stands for what in code and commands, in this order.
+SUBSTITUTES = {
+    "USER/": "alice/",
+    "make demo": "python examples/demo.py",
+    "convert_weights.py REPO": "convert_weights.py aimv2-large-packed",
+    "--model REPO": "--model aimv2-large-packed",
+    "s3://bucket/": "bucket/",
+    "PICTURES": "photographs",
+    "--output runs/digits": "--output runs/digits --steps 2",
+    "python benchmarks/preprocessing.py": "python benchmarks/preprocessing.py --images 1 --rounds 2",
+}
+
+# Why a step does not run here.
+PACKAGES = "installs packages"
+MAKE = "runs the tests or the linters that it would run in"
+MINUTES = "measures for minutes"
+# By page, and the command or a line of the block.
+NOT_RUN = {
+    ("README.md", "make test"): MAKE,
+    ("README.md", "pip install -r requirements.txt"): PACKAGES,
+    ("README.md", "pip install kernels"): PACKAGES,
+    (
+        "README.md",
+        "python convert_weights.py apple/aimv2-large-patch14-native aimv2-large-native",
+    ): "is converted above",
+    ("README.md", "python PATH/convert_weights.py ..."): "is a form, not a command",
+    ("docs/compatibility.md", "make test"): MAKE,
+    ("docs/compatibility.md", "make test-matrix"): PACKAGES,
+    ("docs/contributing.md", "make test"): MAKE,
+    ("docs/contributing.md", "make style"): MAKE,
+    ("docs/contributing.md", "make test-matrix"): PACKAGES,
+    ("docs/contributing.md", "make bench"): MINUTES,
+    ("docs/corpus.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
+    ("docs/corpus.md", "pip install faiss-cpu"): PACKAGES,
+    ("docs/corpus.md", "python benchmarks/extract_features.py --images 96"): MINUTES,
+    ("docs/corpus.md", "python benchmarks/extract_features.py --layers 24"): MINUTES,
+    (
+        "docs/corpus.md",
+        "python extract_features.py --address auto --model REPO --input s3://bucket/parquet "
+        "--output s3://bucket/features --dtype bfloat16 --patches-per-batch 65536",
+    ): "needs a Ray cluster: tests/corpus/test_corpus_stages.py starts Ray",
+    ("docs/images.md", "pip install av"): PACKAGES,
+    ("docs/images.md", "make test-torchvision"): PACKAGES,
+    ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
+    ("docs/training.md", "torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp"): (
+        "takes several processes: tests/examples/test_finetune.py runs it"
+    ),
+    ("docs/training.md", "from transformers.distributed import DistributedConfig"): (
+        "takes several processes: tests/model/test_distributed_training.py does the same"
+    ),
+    ("docs/training.md", "from torch.distributed.fsdp import fully_shard"): (
+        "takes several processes: tests/model/test_distributed_training.py does the same"
+    ),
+    ("docs/training.md", "accelerate launch --use_fsdp --fsdp_version 2 train.py"): "needs several GPUs",
+}
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A Hub that has a small checkpoint under each of Apple's names that a page holds."""
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def released(hub, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("released")
+    torch.manual_seed(0)
+    whole = reference_image_text_model()
+    checkpoints.save(folder / "lit", checkpoints.apple_image_text(whole), checkpoints.apple_image_text_config(whole))
+    clip_tokenizer().save_pretrained(folder / "lit")
+    for kind in ("native", "fixed"):
+        model = reference_model(is_native=kind == "native")
+        checkpoints.save(folder / kind, checkpoints.apple(model), checkpoints.apple_config(model))
+    names = {name for page in PAGES for name in re.findall(r"apple/aimv2-[\w-]+", (REPO / page).read_text())}
+    for name in names:
+        kind = name.rpartition("-")[2]
+        source = folder / (kind if kind in ("native", "lit") else "fixed")
+        hub.add_repo(name, {path.name: path.read_bytes() for path in source.iterdir()})
+
+
+@pytest.fixture(scope="module")
+def run_command(hub, released, tmp_path_factory) -> Iterator[Callable[[str, Path], None]]:
+    """Runs a command as a user of the Hub, in a folder; fails with all that it printed."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_alice",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    runner = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("command_runner.py"))],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    requests, codes, printed = runner.stdin, runner.stdout, home / "printed"
+    assert requests and codes
+
+    def run(command: str, folder: Path) -> None:
+        script = re.fullmatch(r"python (\S+\.py.*)", command)
+        if script:
+            arguments = ["bash", "-c", f'printf "%s\\0" {script[1]}']
+            words = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=True).stdout
+            request = {"arguments": words.split("\0")[:-1], "folder": str(folder), "output": str(printed)}
+            requests.write(json.dumps(request) + "\n")
+            requests.flush()
+            code = int(codes.readline())
+        else:
+            with printed.open("w") as output:
+                code = subprocess.run(
+                    ["bash", "-c", command], cwd=folder, env=environment, stdout=output, stderr=output, check=False
+                ).returncode
+        assert code == 0, f"{command}\n{printed.read_text()}"
+
+    yield run
+    requests.close()
+    runner.wait()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What a reader has who follows the pages: a clone, converted checkpoints, and files of their own."""
+    folder = tmp_path_factory.mktemp("clone") / "clone"
+    ignored = shutil.ignore_patterns(".*", "build", "tests", "__pycache__", "*.json.gz")
+    shutil.copytree(REPO, folder, ignore=ignored)
+    torch.manual_seed(0)
+    make_model_repo(folder / "aimv2-large-packed")
+    save_image_text_repo(folder / "aimv2-lit-packed", reference_image_text_model())
+    photographs = folder / "photographs"
+    shutil.copytree(REPO / "examples" / "photographs", photographs, ignore=shutil.ignore_patterns("*.md"))
+    Image.fromarray(noise(100, 240, 3)).save(folder / "wide.jpg")
+    Image.fromarray(noise(200, 70, 3)).save(folder / "tall.png")
+    with av.open(folder / "clip.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in noise(20, 48, 64, 3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return folder
+
+
+def reason(name: str, step: Step) -> tuple[str, str] | None:
+    """The entry of `NOT_RUN` that names a step."""
+    return next((key for key in NOT_RUN if key[0] == name and key[1] in step.code.splitlines()), None)
+
+
+def steps_to_run(name: str) -> list[Step]:
+    steps = []
+    for step in Page(REPO / name).steps:
+        code = step.code
+        if reason(name, step):
+            continue
+        for old, new in SUBSTITUTES.items():
+            code = code.replace(old, new)
+        steps.append(Step(step.language, code))
+    return steps
+
+
+def prepare_images(folder: Path, names: dict) -> None:
+    """As a page that continues docs/images.md."""
+    names |= {"repo": "aimv2-large-packed"}
+    (block,) = [step.code for step in steps_to_run("docs/images.md") if "maps = " in step.code]
+    exec(block, names)
+
+
+def prepare_corpus(folder: Path, names: dict) -> None:
+    (folder / "bucket" / "shards").mkdir(parents=True)
+    with tarfile.open(folder / "bucket" / "shards" / "0.tar", "w") as archive:
+        archive.add(folder / "photographs", arcname="photographs")
+    shutil.copytree(folder / "photographs", folder / "bucket" / "parquet")
+
+
+def without_conversions(folder: Path, names: dict) -> None:
+    """The page makes what others begin with."""
+    shutil.rmtree(folder / "aimv2-large-packed")
+
+
+def check_converting(folder: Path, names: dict) -> None:
+    assert json.loads((folder / "report.json").read_text())["passed"]
+
+
+def check_corpus(folder: Path, names: dict) -> None:
+    assert names["features"].shape == (*names["row"]["grid_thw"], 64)
+    assert len(list((folder / "bucket" / "features").glob("*.parquet"))) == 1
+
+
+def check_image_text(folder: Path, names: dict) -> None:
+    assert names["scores"].shape == (2, 2)
+    torch.testing.assert_close(names["probabilities"].sum(dim=1), torch.ones(2))
+    assert type(names["tower"]).__name__ == "Aimv2PackingModel"
+    assert [vector.shape for vector in names["vectors"]] == [(64,)] * 2
+
+
+def check_images(folder: Path, names: dict) -> None:
+    assert [part.shape[0] for part in names["maps"]] == [1, 1] and names["maps"][0].shape[3] == 64
+    assert names["inputs"]["grid_thw"][0, 0] == 16
+    assert len(names["features"]) == names["batch"]["grid_thw"].prod(1).sum()
+    assert torch.isfinite(names["features"]).all()
+
+
+PREPARE: dict[str, Callable[[Path, dict], None]] = {
+    "docs/compatibility.md": prepare_images,
+    "docs/converting.md": without_conversions,
+    "docs/corpus.md": prepare_corpus,
+    "docs/training.md": prepare_images,
+}
+CHECK: dict[str, Callable[[Path, dict], None]] = {
+    "docs/converting.md": check_converting,
+    "docs/corpus.md": check_corpus,
+    "docs/image_text.md": check_image_text,
+    "docs/images.md": check_images,
+}
+
+
+def run_page(name: str, folder: Path, run_command: Callable[[str, Path], None]) -> None:
+    """The Python blocks of a page share their names."""
+    names: dict = {}
+    if name in PREPARE:
+        PREPARE[name](folder, names)
+    for step in steps_to_run(name):
+        if step.language == "python":
+            exec(compile(step.code, name, "exec"), names)
+        else:
+            run_command(step.code, folder)
+    if name in CHECK:
+        CHECK[name](folder, names)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_runs_in_its_order(name, clone, run_command, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(clone, tmp_path / "clone"))
+    monkeypatch.chdir(folder)
+    run_page(name, folder, run_command)
+
+
+def test_the_page_on_images_runs_on_a_fixed_resolution_checkpoint(clone, run_command, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(clone, tmp_path / "clone"))
+    make_model_repo(folder / "aimv2-large-packed", is_native=False)
+    monkeypatch.chdir(folder)
+    run_page("docs/images.md", folder, run_command)
+
+
+def test_what_does_not_run_is_on_a_page():
+    named = {reason(name, step) for name in PAGES for step in Page(REPO / name).steps}
+    assert [key for key in NOT_RUN if key not in named] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_is_fenced_and_says_its_language(name):
+    assert [token.content for token in Page(REPO / name).code_tokens if token.info not in LANGUAGES] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_paths_lead_somewhere(name):
+    page = Page(REPO / name)
+    for link in page.links:
+        if re.match(r"https?:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.path.parent / target).resolve() if target else page.path
+        assert path.exists(), link
+        assert not anchor or anchor in Page(path).anchors, link
+        ignored = subprocess.run(["git", "check-ignore", "--quiet", str(path)], cwd=REPO, check=False).returncode
+        assert ignored != 0, f"git ignores {link}"
+    assert [path for path in page.paths if not (REPO / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_rows_of_a_table_have_equally_many_cells(name):
+    for lines in Page(REPO / name).tables:
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert len(cells) == 1, lines
+
+
+def test_the_page_on_images_names_every_format():
+    text = (REPO / "docs" / "images.md").read_text()
+    listed = text[text.index("only these formats are opened") :].split(".")[0].upper().replace("JPEG 2000", "JPEG2000")
+    processor_class = get_class_from_dynamic_module(
+        "image_processing_aimv2_packing.Aimv2PackingImageProcessor", str(REPO)
+    )
+    formats = sys.modules[processor_class.__module__].IMAGE_FORMATS
+    assert [name for name in formats if name not in listed] == []
