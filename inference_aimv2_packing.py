@@ -96,7 +96,7 @@ class Modules:
         self.pointers = [] if self.obstacle else list(map(torch.Tensor.data_ptr, self.weights))
 
     def are_current(self) -> bool:
-        """Whether the same modules of the same classes hold the same parameters, of the same dtypes, where they were."""
+        """Whether the same modules of the same classes hold the same parameters, of the same dtypes, where they lay."""
         return (
             list(chain.from_iterable(map(dict.values, self.child_tables))) == self.children
             and list(map(id, chain.from_iterable(map(dict.values, self.parameter_tables)))) == self.parameter_ids

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Packed AIMv2 against the ways people run it otherwise, in one process: same weights (timm: its own), same images,
 repetitions of all candidates interleaved, ratios per repetition, medians of those.

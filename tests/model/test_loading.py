@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: same keys as the original, loaded by either class, and never half loaded."""
 
 import copy
