@@ -84,7 +84,7 @@ class Modules:
         parameters = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
         self.parameter_ids = list(map(id, parameters))
         self.weights = [parameter for parameter in parameters if parameter is not None]
-        self.types = list(map(type, self.below))
+        self.types: list[type[nn.Module]] = [type(module) for module in self.below]
         self.sizes = list(map(len, self.states))
         self.hooks = [state[name] for name in HOOKS for state in self.states]
         self.owners = [module for _ in HOOKS for module in self.below]
