@@ -47,6 +47,7 @@ MAKE = "runs the tests or the linters that it would run in"
 MINUTES = "measures for minutes"
 # By page, and the command or a line of the block.
 NOT_RUN = {
+    ("README.md", "source .venv/bin/activate"): "is of the environment that these tests run in",
     ("README.md", "make test"): MAKE,
     ("README.md", "pip install -r requirements.txt"): PACKAGES,
     ("README.md", "pip install kernels"): PACKAGES,
@@ -69,7 +70,7 @@ NOT_RUN = {
         "docs/corpus.md",
         "python extract_features.py --address auto --model REPO --input s3://bucket/parquet "
         "--output s3://bucket/features --dtype bfloat16 --patches-per-batch 65536",
-    ): "needs a Ray cluster: tests/corpus/test_corpus_stages.py starts Ray",
+    ): "needs a Ray cluster: tests/corpus runs on Ray",
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
