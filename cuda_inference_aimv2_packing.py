@@ -133,6 +133,7 @@ class Weights:
         self.sources = [source for _, source in self.copies]
         self.versions = list(map(attrgetter("_version"), self.sources))
         self.embeddings, self.norm = model.embeddings, model.rms_norm
+        self.activations = {type(layer.ffn.act_fn).__name__ for layer in model.encoder.layers}
 
     def layer(self, layer: nn.Module, merge: bool) -> Layer:
         attention, ffn = layer.attention, layer.ffn
@@ -316,6 +317,8 @@ class Engine:
             return f"the weights are on {self.device}"
         if any(parameter.is_inference() for parameter in parameters):
             return "the weights were made in inference mode, where nothing tells that they changed"
+        if self.weights.activations - {"SiLU", "SiLUActivation"}:
+            return f"the activation is {self.config.hidden_act}"
         if self.head_dim % 8 or self.head_dim > 256:
             return f"no attention kernel takes heads of size {self.head_dim}"
         self.capability = torch.cuda.get_device_capability(self.device)
@@ -704,7 +707,8 @@ def encode(
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
     norm, in the dtype of the weights; a tensor of its own, not one that the next forward writes to.
     """
-    engine = engines[model]
+    # Another thread may have released it since it was asked.
+    engine = engines.get(model) or engine_of(model)
     output = started[1] if started is not None and started[0] is engine else None
     with torch.cuda.device(engine.device):
         return engine.encode(hidden_states, layout, output)

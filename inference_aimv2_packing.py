@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -76,35 +76,40 @@ class Modules:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self.states = [module.__dict__ for module in modules]
-        self.children = self.current_children()
         self.below = modules[1:]
-        below = self.states[1:]
-        self.types = [type(module) for module in self.below]
-        self.sizes = list(map(len, below))
-        self.hooks = [state[name] for name in HOOKS for state in below]
+        self.states = [module.__dict__ for module in self.below]
+        self.child_tables = [module._modules for module in modules if module._modules]
+        self.parameter_tables = [module._parameters for module in modules if module._parameters]
+        self.children = list(chain.from_iterable(map(dict.values, self.child_tables)))
+        parameters = list(chain.from_iterable(map(dict.values, self.parameter_tables)))
+        self.parameter_ids = list(map(id, parameters))
+        self.weights = [parameter for parameter in parameters if parameter is not None]
+        self.types: list[type[nn.Module]] = [type(module) for module in self.below]
+        self.sizes = list(map(len, self.states))
+        self.hooks = [state[name] for name in HOOKS for state in self.states]
         self.owners = [module for _ in HOOKS for module in self.below]
-        self.parameters = self.current_parameters()
-        self.weights = [parameter for parameter in self.parameters if parameter is not None]
         self.forwards = {kind: kind.forward for kind in set(self.types)}
         self.aligned = [module for module in self.below if "_hf_hook" in module.__dict__]
         self.obstacle = self.look_closely()
-
-    def current_children(self) -> list[nn.Module]:
-        return list(chain.from_iterable(map(dict.values, map(itemgetter("_modules"), self.states))))
-
-    def current_parameters(self) -> list[nn.Parameter | None]:
-        return list(chain.from_iterable(map(dict.values, map(itemgetter("_parameters"), self.states))))
+        self.dtypes = list(map(attrgetter("dtype"), self.weights))
+        self.devices = set(map(attrgetter("device"), self.weights))
+        self.pointers = [] if self.obstacle else list(map(torch.Tensor.data_ptr, self.weights))
 
     def are_current(self) -> bool:
-        """Whether the same modules of the same classes hold the same parameters."""
-        below = self.states[1:]
+        """Whether the same modules of the same classes hold the same parameters, of the same dtypes, where they lay."""
         return (
-            self.current_children() == self.children
+            list(chain.from_iterable(map(dict.values, self.child_tables))) == self.children
+            and list(map(id, chain.from_iterable(map(dict.values, self.parameter_tables)))) == self.parameter_ids
             and list(map(type, self.below)) == self.types
-            and list(map(len, below)) == self.sizes
-            and list(map(id, self.current_parameters())) == list(map(id, self.parameters))
+            and list(map(len, self.states)) == self.sizes
             and all(kind.forward is forward for kind, forward in self.forwards.items())
+            and (
+                self.obstacle is not None
+                or (
+                    list(map(torch.Tensor.data_ptr, self.weights)) == self.pointers
+                    and list(map(attrgetter("dtype"), self.weights)) == self.dtypes
+                )
+            )
         )
 
     def look_closely(self) -> str | None:
@@ -221,9 +226,9 @@ def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Packe
             return f"a {type(module).__name__} has a forward hook"
     if not all(map(is_idle_alignment, modules.aligned)):
         return "accelerate moves weights or inputs"
-    if not modules.weights or len(set(map(attrgetter("dtype"), modules.weights))) > 1:
+    if not modules.weights or modules.dtypes.count(modules.dtypes[0]) < len(modules.dtypes):
         return "the weights are of several dtypes"
-    if set(map(attrgetter("device"), modules.weights)) != {hidden_states.device}:
+    if modules.devices != {hidden_states.device}:
         return "weights and patches are on several devices"
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad or any(map(attrgetter("requires_grad"), modules.weights))

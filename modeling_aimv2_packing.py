@@ -300,11 +300,7 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embed"
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "Aimv2PackingEmbeddings",
-        "Aimv2PackingEncoderLayer",
-        "Aimv2PackingAttentionPoolingHead",
-    ]
+    _no_split_modules = ["Aimv2PackingEmbeddings", "Aimv2PackingEncoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -360,6 +356,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         self.rms_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.use_head:
             self.head = Aimv2PackingAttentionPoolingHead(config)
+            # Named only where there is one: accelerate's FSDP looks for every class that is named here.
+            self._no_split_modules = [*self._no_split_modules, "Aimv2PackingAttentionPoolingHead"]
         self.post_init()
 
     @classmethod

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Where the time of one packed forward goes on a CUDA device: by class of kernel, and by kernel.
 

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What torchao's dynamic int8 quantisation of the encoder costs and gives: cosine to float32, and speed in one process.
 

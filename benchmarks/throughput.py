@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Packed AIMv2 against the ways people run it otherwise, in one process: same weights (timm: its own), same images,
 repetitions of all candidates interleaved, ratios per repetition, medians of those.
@@ -144,6 +146,8 @@ class Candidates:
         self.forwards: dict[str, Forward] = {}
         for attn in args.attn:
             self.forwards[f"packed {attn}"] = self.packed_forward(packed, attn)
+            if args.device.startswith("cuda"):
+                self.forwards[f"packed {attn} ahead"] = self.packed_forward(packed, attn, ahead=True)
             if compiled is not None:
                 self.forwards[f"packed {attn} compiled"] = self.packed_forward(compiled, attn)
             if args.train:
@@ -189,13 +193,20 @@ class Candidates:
             self.forwards["timm graph"] = in_graph(self.forwards["timm"])
             self.forwards["timm compiled graph"] = in_graph(self.timm_forward(self.timm_size, compiled=True))
 
-    def packed_forward(self, packed, attn: str, checkpointing: bool = False) -> Forward:
+    def packed_forward(self, packed, attn: str, checkpointing: bool = False, ahead: bool = False) -> Forward:
+        """With `ahead` the layout lies on the device already, as the peers' images and NaFlex's coordinates do."""
+        layout = {}
+        if ahead:
+            package = type(packed).__module__.rpartition(".")[0]
+            resolve_layout = sys.modules[f"{package}.layout_aimv2_packing"].resolve_layout
+            layout = resolve_layout(self.grid_thw, {}, packed.config, self.patches)._asdict()
+
         def run():
             packed.config._attn_implementation = attn
             packed.train(checkpointing)
             if checkpointing:
                 packed.gradient_checkpointing_enable({"use_reentrant": False})
-            yield packed(self.patches, self.grid_thw)
+            yield packed(self.patches, self.grid_thw, **layout)
 
         return run
 

@@ -124,7 +124,6 @@ def started(address: str | None) -> Iterator[None]:
     """Connects to the cluster, or starts Ray here, and gives the workers this repo's code."""
     if address:
         check_address(address)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # What is below warns of how Ray Data makes its own actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with tempfile.TemporaryDirectory() as flat:
@@ -136,6 +135,8 @@ def started(address: str | None) -> Iterator[None]:
         with quiet():
             ray.init(**options, runtime_env=runtime_env, logging_level="error", log_to_driver=False)
     try:
+        # An error is raised here too, and without pages of Ray's.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -305,10 +306,11 @@ def plain(error: BaseException) -> Exception:
     cause: Any = error
     while deeper := getattr(cause, "cause", None) or cause.__cause__:
         cause = deeper
-    if isinstance(cause, (OSError, ValueError)) and not isinstance(cause, ray.exceptions.RayError):
-        return cause
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return RuntimeError(f"A worker failed: {lines[-1] if lines else type(cause).__name__}")
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    if isinstance(cause, ray.exceptions.RayError):
+        return RuntimeError(f"A worker failed: {lines[-1]}")
+    # Ray Data appends advice on its settings.
+    return RuntimeError(lines[0])
 
 
 __all__ = ["encode"]

@@ -40,6 +40,6 @@ def stable_text(error: BaseException) -> str:
     """
     message = getattr(error, "strerror", None) or str(error)
     message = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", message)
-    message = re.sub(r"(?<![A-Za-z])\d+", "N", " ".join(message.split()))
+    message = re.sub(r"\b\d+", "N", " ".join(message.split()))
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return text.encode("utf-8", "backslashreplace").decode()

@@ -68,7 +68,7 @@ class Aimv2PackingForImageClassification(PreTrainedModel):
     """The encoder, its head's output or the mean of each image's patches, and a linear classifier."""
 
     config_class = Aimv2PackingConfig
-    base_model_prefix = "aimv2_packing"
+    base_model_prefix = "vision_model"
     main_input_name = "hidden_states"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -76,12 +76,12 @@ class Aimv2PackingForImageClassification(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.aimv2_packing = Aimv2PackingModel(config)
+        self.vision_model = Aimv2PackingModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(self, hidden_states, grid_thw, labels=None):
-        outputs = self.aimv2_packing(hidden_states, grid_thw)
+        outputs = self.vision_model(hidden_states, grid_thw)
         pooled = outputs.pooler_output
         if pooled is None:
             pooled = torch.segment_reduce(outputs.last_hidden_state.float(), "mean", lengths=grid_thw.prod(1))
@@ -239,7 +239,7 @@ def make_start(folder: Path, checkpoint: str | None, labels: dict) -> None:
         _, encoder = load(checkpoint)
         config = Aimv2PackingConfig.from_dict({**encoder.config.to_dict(), **labels, "dtype": "float32"})
         model = Aimv2PackingForImageClassification(config)
-        model.aimv2_packing.load_state_dict(encoder.state_dict())
+        model.vision_model.load_state_dict(encoder.state_dict())
     # Renamed at the end: a killed run leaves no half of it.
     unfinished = folder.with_name("initial.unfinished")
     model.save_pretrained(unfinished)
@@ -248,6 +248,11 @@ def make_start(folder: Path, checkpoint: str | None, labels: dict) -> None:
 
 def make_model_repo(output: Path, processor) -> None:
     """Puts the code, the processor and the way to them beside the weights that Trainer has saved."""
+    if not (output / "config.json").exists():
+        raise ValueError(
+            f"Trainer has saved no whole model to {output}: run `accelerate launch --use_fsdp` with "
+            "`--fsdp_state_dict_type FULL_STATE_DICT`."
+        )
     for file in Path(REPO).glob("*_aimv2_packing.py"):
         shutil.copy(file, output)
     processor.save_pretrained(output)

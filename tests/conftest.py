@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of all tests. Nothing here touches the network or the user's caches."""
 
 import logging

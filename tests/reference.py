@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
 import sys

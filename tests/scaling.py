@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of training and of extraction at scale share: a model repo on disk, and several processes."""
 
 import json

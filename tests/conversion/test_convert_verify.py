@@ -5,14 +5,13 @@
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 from PIL import Image
-from reference import REPO, apple_forward, random_images, reference_model
+from reference import apple_forward, random_images, reference_model
 
 from conversion import code_files, features
 from conversion.checkpoint_formats import find_encoder
@@ -214,17 +213,17 @@ def test_failed_verification_writes_nothing(tmp_path):
     assert not any("out" in path.name for path in tmp_path.iterdir())
 
 
-def test_exit_code(tmp_path):
+def test_exit_code(tmp_path, monkeypatch, capsys):
     model = reference_model()
     source = save(tmp_path / "in", model)
     model.rms_norm.weight.data.mul_(1.5)
     reference = save(tmp_path / "reference", model)
     photograph = str(features.PHOTOGRAPHS / "cat.jpg")
-    command = [sys.executable, str(REPO / "convert_weights.py"), str(source), str(tmp_path / "out"), "--verify"]
-    command += ["--images", photograph, "--reference", str(reference)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "Verdict: FAILED." in result.stdout and "error: " in result.stderr
+    command = ["convert_weights.py", str(source), str(tmp_path / "out"), "--verify", "--images", photograph]
+    monkeypatch.setattr("sys.argv", [*command, "--reference", str(reference)])
+    assert main() == 1
+    printed = capsys.readouterr()
+    assert "Verdict: FAILED." in printed.out and "error: " in printed.err
 
 
 def test_channels_last(tmp_path):

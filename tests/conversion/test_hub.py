@@ -261,20 +261,6 @@ def test_what_keeps_a_source_away_is_one_line_with_what_next(hub, tmp_path, sour
         assert expected in error
 
 
-def test_code_of_a_repo_on_the_hub(hub, tmp_path, source):
-    output = convert(source, tmp_path / "out")
-    files = {path.name: path.read_bytes() for path in output.iterdir()}
-    hub.add_repo("alice/good", files)
-    hub.add_repo("alice/trap", files | {"modeling_aimv2_packing.py": b"raise SystemExit", "more.py": b""})
-    commands = [("hf_alice", f"alice/{name}", "--verify-code") for name in ("good", "trap")]
-    result = client(hub, tmp_path / "a", COMMANDS.format(commands=commands))
-    good, trap, _ = result.stdout.split("-----")
-    assert "Code: equal to this tree's" in good
-    assert trap.startswith(" 0") and "  modeling_aimv2_packing.py differs\n  more.py is not in this tree\n" in trap
-    assert "The code of alice/trap is not this tree's" in result.stderr and result.stdout.endswith("----- 1\n")
-    assert not list((tmp_path / "a").rglob("*.safetensors"))
-
-
 def test_what_the_hub_refuses_is_said_plainly(hub, tmp_path, source):
     output = convert(source, tmp_path / "out")
     hub.add_repo("alice/llama", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
@@ -384,22 +370,21 @@ def test_verifying_a_repo_on_the_hub_does_not_run_its_code(hub, tmp_path, source
     files = {path.name: path.read_bytes() for path in output.iterdir()}
     hub.add_repo("alice/good", files)
     trap = b"raise SystemExit('the code of the repo was run')"
-    hub.add_repo("alice/trap", files | {path: trap for path in files if path.endswith(".py")})
-    result = client(
-        hub,
-        tmp_path / "b",
-        """
-        import sys
-        from convert_weights import parse_arguments, run
-
-        run(parse_arguments(["alice/good", "--verify", "--reference", sys.argv[1]]))
-        print("-----")
-        run(parse_arguments(["alice/trap", "--verify"]))
-        """,
-        source,
-    )
-    assert result.returncode == 0, result.stderr
-    good, trapped = result.stdout.split("-----")
+    hub.add_repo("alice/trap", files | {path: trap for path in files if path.endswith(".py")} | {"more.py": trap})
+    commands = [
+        ("hf_alice", "alice/good", "--verify-code"),
+        ("hf_alice", "alice/trap", "--verify-code"),
+        ("hf_alice", "alice/good", "--verify", "--reference", str(source)),
+        ("hf_alice", "alice/trap", "--verify"),
+    ]
+    downloaded = "print('weights:', list(__import__('pathlib').Path(os.environ['HF_HOME']).rglob('*.safetensors')))"
+    watched = COMMANDS.replace('print("-----", main())', f'print("-----", main()); {downloaded}')
+    result = client(hub, tmp_path / "b", watched.format(commands=commands))
+    good_code, trap_code, good, trapped, end = result.stdout.split("-----")
+    assert "Code: equal to this tree's" in good_code
+    assert trap_code.startswith(" 0\nweights: []"), "only code and configurations are downloaded"
+    assert "  modeling_aimv2_packing.py differs\n" in trap_code and "  more.py is not in this tree\n" in trap_code
+    assert good.startswith(" 1\nweights: []") and "The code of alice/trap is not this tree's" in result.stderr
     assert "Weights: equal, bit by bit." in good and "Code: equal to this tree's" in good
-    assert "Code: NOT this tree's" in trapped and "  modeling_aimv2_packing.py differs" in trapped
-    assert "Verdict: passed." in trapped
+    assert trapped.startswith(" 0") and "Code: NOT this tree's" in trapped and "Verdict: passed." in trapped
+    assert "  modeling_aimv2_packing.py differs\n" in trapped and end.startswith(" 0")

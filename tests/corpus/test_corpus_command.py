@@ -219,3 +219,14 @@ def test_preparer_and_encoder_check_their_model(head_repo: Path, tmp_path: Path,
     with pytest.raises(ValueError, match="A worker found a model whose weights"):
         Encoder(jobs[0], "cpu")
     shutil.rmtree(repo)
+
+
+def test_what_a_worker_raises_is_one_line() -> None:
+    ray = pytest.importorskip("ray", reason="needs requirements-scale.txt")
+    from corpus.on_ray import plain
+
+    cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = ray.exceptions.RayTaskError("write", "Traceback ...\n  File ...", cause)
+    assert str(plain(error)) == "[Errno 28] No space left on device"
+    advised = ray.exceptions.RayTaskError("read", "Traceback ...", InputError("It is gone.\nFailed after 1 attempt."))
+    assert str(plain(advised)) == "It is gone."

@@ -93,9 +93,9 @@ def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path, kind: str) 
     original = {name.removeprefix("vision_model."): value for name, value in original.items()}
     assert weights["classifier.weight"].shape == (3, model.config.hidden_size)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, weights[f"aimv2_packing.{name}"])
+        assert torch.equal(value, weights[f"vision_model.{name}"])
     scale = original["head.output_proj.weight"].std()
-    moved = (weights["aimv2_packing.head.output_proj.weight"] - original["head.output_proj.weight"]).abs().max()
+    moved = (weights["vision_model.head.output_proj.weight"] - original["head.output_proj.weight"]).abs().max()
     assert 0 < moved < scale, "it begins with the checkpoint and learns"
     inputs = processor(str(images / "cat" / "0.png"), return_tensors="pt")
     assert model(**inputs).pooler_output.isfinite().all()

@@ -118,7 +118,8 @@ def train(
         model = add_lora(model)
     wrapped = DistributedDataParallel(model) if strategy.startswith("ddp") else model
 
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
+    # One parameter at a time: under tensor parallelism some are sharded and some are not.
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE, foreach=False)
     loss_of(wrapped, batch).backward()
     grads = gradients(model)
     optimizer.step()

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Which kernel attention reaches, and with what; the flash-attention contract on a reference kernel."""
 
 import ast

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
 
 import pytest

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """`Aimv2PackingConfig`: what it refuses, and that nothing is lost on the way to disk and back."""
 
 import json

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Deprecations fail the tests, whether warned of here or in a script that a test starts, or logged."""
 
 import logging

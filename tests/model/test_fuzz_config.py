@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 Random JSON as a configuration: one that a model can be built from and that survives the way to disk and back, or a
 clear error. `pytest --hypothesis-profile thorough` tries many more cases.

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 `forward` on random arguments: a right result, or a ValueError that names the argument; inputs are never changed.
 

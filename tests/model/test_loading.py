@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: same keys as the original, loaded by either class, and never half loaded."""
 
 import copy
@@ -146,3 +148,11 @@ def test_input_embeddings_are_those_of_patches_and_can_be_replaced():
     other = copy.deepcopy(original)
     packed.set_input_embeddings(other)
     assert packed.get_input_embeddings() is packed.embeddings.patch_embed is other
+
+
+@pytest.mark.parametrize("use_head", [False, True])
+def test_modules_that_must_stay_whole_are_in_the_model(use_head):
+    model = packing_model(reference_model(use_head=use_head))
+    names = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= names
+    assert ("Aimv2PackingAttentionPoolingHead" in model._no_split_modules) is use_head

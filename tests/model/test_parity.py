@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """The packed forward against `Aimv2VisionModel` image by image, and against Apple's forward in float64."""
 
 import pytest

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Properties that hold for any batch: images do not see each other, whatever their order and company."""
 
 from functools import cache

@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """What a model has to survive: long runs, threads, copies, other processes, and changes of dtype and mode."""
 
 import copy

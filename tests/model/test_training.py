@@ -1,3 +1,5 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
 """Gradients equal the original's, with and without checkpointing."""
 
 import pytest
