@@ -8,7 +8,15 @@ what is missing: the ids in the Parquet files of the output are the only record 
 """
 
 import argparse
+import errno
 import sys
+
+
+NEXT_STEPS = {
+    errno.EACCES: "ask for the right to it, or choose another place",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "free some space, or choose another disk",
+}
 
 
 def positive(text: str) -> int:
@@ -74,10 +82,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
-    except PermissionError as error:
-        sys.exit(f"extract_features.py: {error}: ask for the right to it, or choose another place. {resume}")
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"extract_features.py: {' '.join(str(error).split())}")
+        number = error.errno if isinstance(error, OSError) else None
+        step = f" - {NEXT_STEPS[number]}. {resume}" if number in NEXT_STEPS else ""
+        sys.exit(f"extract_features.py: {' '.join(str(error).split())}{step}")
 
 
 if __name__ == "__main__":

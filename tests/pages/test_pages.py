@@ -45,6 +45,7 @@ SUBSTITUTES = {
 PACKAGES = "installs packages"
 MAKE = "runs the tests or the linters that it would run in"
 MINUTES = "measures for minutes"
+GPU = "needs a GPU"
 # By page, and the command or a line of the block.
 NOT_RUN = {
     ("README.md", "source .venv/bin/activate"): "is of the environment that these tests run in",
@@ -56,6 +57,17 @@ NOT_RUN = {
         "python convert_weights.py apple/aimv2-large-patch14-native aimv2-large-native",
     ): "is converted above",
     ("README.md", "python PATH/convert_weights.py ..."): "is a form, not a command",
+    (
+        "docs/benchmarks.md",
+        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --best --mixes one_224 two_224 "
+        "--peers timm",
+    ): GPU,
+    (
+        "docs/benchmarks.md",
+        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 2048 "
+        "--mixes mixed small uniform_224 uniform_448",
+    ): GPU,
+    ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
     ("docs/contributing.md", "make test"): MAKE,
