@@ -25,6 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from .layout_aimv2_packing import sincos
 from .triton_kernels_aimv2_packing import add_rms_norm, segment_attention, segment_bounds, silu_mul, triton
 
 
@@ -259,13 +260,6 @@ def position_tensors(layout: Any) -> tuple[torch.Tensor, ...]:
     if layout.position_ids is not None:
         return (layout.position_ids,)
     return layout.interp_indices, layout.interp_weights
-
-
-def sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sine and cosine of each position, float64 of shape `(*positions.shape, 2 * dim)`."""
-    exponents = torch.arange(dim, dtype=torch.float64, device=positions.device) / dim
-    angles = positions.double().unsqueeze(-1) * 10000**-exponents
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Engine:

@@ -143,6 +143,17 @@ def resolve_layout(
     return layout._replace(**moved)
 
 
+def sincos(positions: torch.Tensor, num_frequencies: int) -> torch.Tensor:
+    """
+    Sine and cosine of each position, float64 of shape `(*positions.shape, 2 * num_frequencies)`. The frequencies
+    `10000 ** (-i / num_frequencies)` are those of "Attention Is All You Need", section 3.5.
+    """
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(num_frequencies, dtype=dtype, device=positions.device) / num_frequencies
+    angles = positions.to(dtype).unsqueeze(-1) * 10000**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def is_dense(value: object) -> bool:
     """Whether `value` is a tensor with strides and one size per dimension: not sparse, not nested."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested

@@ -32,6 +32,7 @@ from .layout_aimv2_packing import (
     PackedLayout,
     equal_length_runs,
     resolve_layout,
+    sincos,
     validate_hidden_states,
     validate_keyword_arguments,
 )
@@ -148,17 +149,6 @@ def attention_in_several_calls(module, query, key, value, layout: PackedLayout, 
 
 
 # Layers
-
-
-def sincos(positions: torch.Tensor, num_frequencies: int) -> torch.Tensor:
-    """
-    Sine and cosine of each position, float64 of shape `(*positions.shape, 2 * num_frequencies)`. The frequencies
-    `10000 ** (-i / num_frequencies)` are those of "Attention Is All You Need", section 3.5.
-    """
-    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
-    exponents = torch.arange(num_frequencies, dtype=dtype, device=positions.device) / num_frequencies
-    angles = positions.to(dtype).unsqueeze(-1) * 10000**-exponents
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Aimv2PackingPatchEmbed(nn.Conv2d):
