@@ -86,6 +86,10 @@ NOT_RUN = {
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
+    (
+        "docs/training.md",
+        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT train.py",
+    ): "needs several GPUs, and a script of the reader's",
     ("docs/training.md", "torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp"): (
         "takes several processes: tests/examples/test_finetune.py runs it"
     ),
