@@ -76,7 +76,7 @@ NOT_RUN = {
     ("docs/contributing.md", "make bench"): MINUTES,
     ("docs/corpus.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     ("docs/corpus.md", "pip install faiss-cpu"): PACKAGES,
-    ("docs/corpus.md", "python benchmarks/extract_features.py --images 96"): MINUTES,
+    ("docs/corpus.md", "python benchmarks/extract_features.py"): MINUTES,
     ("docs/corpus.md", "python benchmarks/extract_features.py --layers 24"): MINUTES,
     (
         "docs/corpus.md",
@@ -86,6 +86,10 @@ NOT_RUN = {
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
+    (
+        "docs/training.md",
+        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT train.py",
+    ): "needs several GPUs, and a script of the reader's",
     ("docs/training.md", "torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp"): (
         "takes several processes: tests/examples/test_finetune.py runs it"
     ),
@@ -95,7 +99,6 @@ NOT_RUN = {
     ("docs/training.md", "from torch.distributed.fsdp import fully_shard"): (
         "takes several processes: tests/model/test_distributed_training.py does the same"
     ),
-    ("docs/training.md", "accelerate launch --use_fsdp --fsdp_version 2 train.py"): "needs several GPUs",
 }
 
 
