@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_line(arguments: list[object], monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(Output, "write", full)
-        assert main(patch, *arguments).startswith(
+        assert str(main(patch, *arguments)).startswith(
             "extract_features.py: [Errno 28] No space left on device - free some space, or choose another disk."
         )
     output = Path(str(arguments[-1]))
