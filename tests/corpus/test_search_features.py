@@ -25,6 +25,8 @@ def rows(head_repo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["search_features.py", *map(str, arguments)])
+    # As Python itself does for a script.
+    monkeypatch.syspath_prepend(REPO / "examples")
     runpy.run_path(str(REPO / "examples/search_features.py"), run_name="__main__")
 
 
