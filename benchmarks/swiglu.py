@@ -7,8 +7,8 @@ silu(x @ gate.T) * (x @ up.T) on a Hopper GPU: one kernel, in several shapes, ag
     python benchmarks/swiglu.py --geometries large --patches 2048 16384 --candidates tile_128x128 warps_128x128
     python benchmarks/swiglu.py --compile    # no GPU needed: registers, spills and shared memory of each candidate
 
-Each candidate is 20 calls in a CUDA graph, over four weights in turn, so that a small batch does not find its weights in
-the cache; repetitions interleaved, medians. Errors are ‖x - exact‖ / ‖exact‖ against float64.
+Each candidate is 20 calls in a CUDA graph, over four weights in turn, so that a small batch does not find its weights
+in the cache; repetitions interleaved, medians. Errors are ‖x - exact‖ / ‖exact‖ against float64.
 """
 
 import argparse
@@ -547,6 +547,8 @@ def measure(geometry: str, patches: int, runs: dict[str, Run], dtype: torch.dtyp
     limit = shape.error(shape.product_and_gate)
     all_runs: dict[str, Run] = {"cublas": shape.product, "cublas + silu_mul": shape.product_and_gate, **runs}
     errors, graphs = {"cublas + silu_mul": limit}, {}
+    # Names of candidates by what they wrote: whether a row's bits depend on the shape of a tile.
+    bits: dict[tuple, list[str]] = {}
     for name, run in all_runs.items():
         try:
             if name in runs:
@@ -554,6 +556,9 @@ def measure(geometry: str, patches: int, runs: dict[str, Run], dtype: torch.dtyp
                 if not errors[name] < limit:
                     print(f"  {name} is wrong: error {errors[name]:.5f}, that of the two kernels {limit:.5f}")
                     continue
+                bits.setdefault(tuple(shape.ends(shape.out).view(torch.int16).double().sum(0).tolist()), []).append(
+                    name
+                )
             graphs[name] = graph_of(run, shape.x, shape.weights, shape.out)
         except Exception as error:  # whatever a compiler raises
             print(f"  {name} does not run: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")
@@ -570,7 +575,13 @@ def measure(geometry: str, patches: int, runs: dict[str, Run], dtype: torch.dtyp
     everyone = ", ".join(f"{name} {time:.1f}" for time, name in fused)
     product = f"two kernels {base:.1f} us, product alone {floor:.1f}"
     print(f"{geometry} {patches}: {product}; best {best} | {everyone}", flush=True)
-    return {"geometry": geometry, "patches": patches, "microseconds": medians, "errors": errors}
+    return {
+        "geometry": geometry,
+        "patches": patches,
+        "microseconds": medians,
+        "errors": errors,
+        "bit-equal": list(bits.values()),
+    }
 
 
 def main() -> None:
