@@ -13,8 +13,16 @@ try:
 except ImportError:
     triton = None
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
 # Of attention; measured on an H100, docs/kernels.md.
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
+
+# Of the gated product: rows, columns of gate and of up, hidden values, and tiles of rows in a group.
+SWIGLU_BLOCK, SWIGLU_WARPS, SWIGLU_STAGES = (128, 128, 64, 8), 8, 4
 
 if triton is not None:
 
@@ -45,6 +53,38 @@ if triton is not None:
         up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
         wide = gate.to(tl.float32)
         tl.store(output + row * size + columns, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)
+
+    @triton.jit
+    def swiglu_kernel(
+        hidden_states,
+        gate_up_weight,
+        output,
+        patches,
+        hidden_size: tl.constexpr,
+        size: tl.constexpr,
+        block_rows: tl.constexpr,
+        block_columns: tl.constexpr,
+        block_hidden: tl.constexpr,
+        group: tl.constexpr,
+    ):
+        row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
+        # Flat, so that the next tile's first blocks are on their way while this one is finished.
+        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+            # `group` tiles of rows share the columns' weights while those are in the L2 cache.
+            first = tile // (group * column_tiles) * group
+            height = tl.minimum(row_tiles - first, group)
+            place = tile % (group * column_tiles)
+            row = (first + place % height) * block_rows
+            column = place // height * block_columns
+            gate_up = tl.zeros([block_rows, 2 * block_columns], tl.float32)
+            for hidden in range(0, hidden_size, block_hidden):
+                block = hidden_states.load([row, hidden])
+                weight = gate_up_weight.load([0, column, hidden]).reshape(2 * block_columns, block_hidden)
+                gate_up = tl.dot(block, weight.T, gate_up)
+            gate, up = gate_up.reshape(block_rows, 2, block_columns).permute(0, 2, 1).split()
+            # sigmoid(gate) = root**2: the hardware has a fast inverse root, but no fast division.
+            root = tl.rsqrt(1 + tl.math.exp2(gate * -1.4426950408889634))
+            output.store([row, column], (gate * root * (up * root)).to(output.dtype))
 
     @triton.jit
     def patch_places_kernel(cu_seqlens, frame_sizes, places, patches, segments, block: tl.constexpr):
@@ -243,6 +283,34 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """
     patches, size = out.shape
     silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
+
+
+def swiglu(hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor) -> None:
+    """
+    `out = silu(hidden_states @ gate.T) * (hidden_states @ up.T)` in one kernel, in half precision: sums in float32, one
+    rounding. Each row of `out` depends on its own row of `hidden_states` only, bit for bit.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
+        gate_up_weight (`torch.Tensor` of shape `(2 * size, hidden_size)`): `gate` above `up`; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
+    """
+    (patches, hidden_size), size = hidden_states.shape, out.shape[1]
+    rows, columns, hidden, _ = SWIGLU_BLOCK
+    tiles = programs = triton.cdiv(patches, rows) * triton.cdiv(size, columns)
+    if out.is_cuda:
+        programs = min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count)
+    swiglu_kernel[(programs,)](
+        TensorDescriptor.from_tensor(hidden_states, [rows, hidden]),
+        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, columns, hidden]),
+        TensorDescriptor.from_tensor(out, [rows, columns]),
+        patches,
+        hidden_size,
+        size,
+        *SWIGLU_BLOCK,
+        num_warps=SWIGLU_WARPS,
+        num_stages=SWIGLU_STAGES,
+    )
 
 
 def patch_places(cu_seqlens: torch.Tensor, frame_sizes: torch.Tensor, patches: int) -> torch.Tensor:
