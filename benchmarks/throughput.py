@@ -396,10 +396,10 @@ def attention_kernels(candidates: Candidates, packed) -> dict[str, Callable[[], 
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=candidates.patches.device)
     package = type(packed).__module__.rpartition(".")[0]
     own = sys.modules[f"{package}.triton_kernels_aimv2_packing"]
-    bounds = own.segment_bounds(cu_seqlens, total)
+    places = own.patch_places(cu_seqlens, cu_seqlens.new_ones(2, segments), total)
     kernels = {
         "varlen": lambda: varlen_attn(*states, cu_seqlens, cu_seqlens, longest, longest),
-        "own": lambda: own.segment_attention(*states, bounds),
+        "own": lambda: own.segment_attention(*states, places),
     }
     if segments * longest == total:
         dense = [x.unflatten(0, (segments, longest)).transpose(1, 2) for x in states]
