@@ -27,12 +27,14 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .layout_aimv2_packing import PackedLayout, sincos
 from .triton_kernels_aimv2_packing import (
+    TensorDescriptor,
     add_rms_norm,
     learned_positions,
     native_positions,
     patch_places,
     segment_attention,
     silu_mul,
+    swiglu,
     triton,
 )
 
@@ -287,6 +289,7 @@ class Engine:
         self.dense_works, self.dense_tried = True, False
         # Whether the last forward was let in: then the next may start before it is.
         self.admitted = False
+        self.has_swiglu = False
         # What the door saw when it last let a forward in.
         self.modules: Any = None
         self.buffers: list[Buffers] = []
@@ -302,6 +305,7 @@ class Engine:
                 # Too little memory for copies leaves enough to run without.
                 with suppress(torch.OutOfMemoryError):
                     self.weights = Weights(model, merge=True)
+                    self.has_swiglu = self.compiles_swiglu()
             # `ready`: weights and tables are written. `done`: the last graph has run.
             self.ready, self.done = torch.cuda.Event(), torch.cuda.Event()
             self.ready.record()
@@ -345,6 +349,23 @@ class Engine:
         except Exception as error:  # whatever a compiler raises
             return f"Triton compiles no kernels here: {error}"
         return None
+
+    def compiles_swiglu(self) -> bool:
+        """Whether gate, up and what joins them can be one kernel: on Hopper, by a Triton that has descriptors."""
+        config = self.config
+        sizes = (config.hidden_size, config.intermediate_size)
+        if TensorDescriptor is None or self.capability[0] != 9 or self.dtype == torch.float32:
+            return False
+        if any(size % 8 for size in sizes):
+            return False
+        row = torch.ones(1, config.hidden_size, dtype=self.dtype, device=self.device)
+        try:
+            for layer in self.weights.layers[:1]:
+                swiglu(row, layer.gate_up[0].weight, out=row.new_empty(1, config.intermediate_size))
+        except Exception as error:  # whatever a compiler raises
+            logger.warning("Triton does not compile a product of gate and up here, which runs as two: %s", error)
+            return False
+        return True
 
     def new_buffers(self, patches: int) -> Buffers:
         config, like = self.config, self.weights.parameters[0]
@@ -463,9 +484,12 @@ class Engine:
                 product(normed, out=qkv)
             attended = attend(layer.attention, *qkv.view(patches, 3, -1, self.head_dim).unbind(1))
             self.add_and_norm(layer.out, attended.flatten(1), layer.norm2, buffers)
-            for product in layer.gate_up:
-                product(normed, out=gate_up)
-            silu_mul(gate_up, out=activated)
+            if self.has_swiglu and layer.gate_up[0].bias is None:
+                swiglu(normed, layer.gate_up[0].weight, out=activated)
+            else:
+                for product in layer.gate_up:
+                    product(normed, out=gate_up)
+                silu_mul(gate_up, out=activated)
             self.add_and_norm(layer.down, activated, next_norm, buffers)
         return normed
 
@@ -593,11 +617,11 @@ class Engine:
         return output
 
     def start(self, patches: torch.Tensor, layout: PackedLayout) -> tuple[Graph, torch.Tensor] | None:
-        """`encode`, where there is a graph already and no parameter has moved or been written to."""
+        """`encode`, where there is a graph already and no parameter has moved."""
         if self.reason is not None or not self.admitted or patches.device != self.device:
             return None
         with self.lock:
-            if not self.weights.are_in_place() or self.weights.have_changed():
+            if not self.weights.are_in_place():
                 return None
             graph = self.graphs.get(self.key_of(self.budget_of(len(patches), layout)))
             if graph is None or graph.output is None:
@@ -619,10 +643,10 @@ class Engine:
         with self.lock:
             self.admitted = True
             self.forwards += 1
-            if started is not None:
-                graph, output = started
-                if self.graphs.get(self.key_of(graph.budget)) is graph:
-                    self.touch(graph)
+            if started is not None and not self.weights.have_changed():
+                used, output = started
+                if self.graphs.get(self.key_of(used.budget)) is used:
+                    self.touch(used)
                 return output
             if len(self.seen) > 4096:
                 self.seen.clear()
@@ -700,12 +724,12 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout,
     if hidden_states.device.type != "cuda":
         release(model)
         return f"the patches are on {hidden_states.device}"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller captures a CUDA graph"
     if not has_frames(layout):
         return "the sizes of the frames are not known, or positions were given"
     if model.config._attn_implementation != "sdpa" and not is_flash_attention_requested(model.config):
         return f"the attention implementation is {model.config._attn_implementation}"
-    if torch.cuda.is_current_stream_capturing():
-        return "the caller captures a CUDA graph"
     engine = engine_of(model, modules)
     if engine.reason is None and engine.device != hidden_states.device:
         return f"the patches are on {hidden_states.device}, the weights on {engine.device}"

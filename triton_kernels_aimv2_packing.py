@@ -3,6 +3,7 @@
 """Triton kernels for what lies between an encoder's matrix products: norms, the gate, and attention inside segments."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +22,20 @@ except ImportError:
 # Of attention; measured on an H100, docs/kernels.md.
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
 
-# Of the gated product: rows, columns of gate and of up, hidden values, and tiles of rows in a group.
-SWIGLU_BLOCK, SWIGLU_WARPS, SWIGLU_STAGES = (128, 128, 64, 8), 8, 4
+
+class SwigluTile(NamedTuple):
+    """Rows, columns of gate and of up, and hidden values of a tile; tiles of rows that share columns in the cache."""
+
+    rows: int
+    columns: int
+    hidden: int
+    group: int
+    warps: int
+    stages: int
+
+
+# The large one where it gives every multiprocessor a tile; both write the same bits. docs/kernels.md.
+LARGE_TILE, SMALL_TILE = SwigluTile(128, 128, 64, 8, 8, 4), SwigluTile(64, 64, 64, 8, 4, 4)
 
 if triton is not None:
 
@@ -296,20 +309,24 @@ def swiglu(hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
     """
     (patches, hidden_size), size = hidden_states.shape, out.shape[1]
-    rows, columns, hidden, _ = SWIGLU_BLOCK
-    tiles = programs = triton.cdiv(patches, rows) * triton.cdiv(size, columns)
-    if out.is_cuda:
-        programs = min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
+    tile = LARGE_TILE
+    programs = triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
+    if programs > processors:
+        programs = processors
+    else:
+        tile = SMALL_TILE
+        programs = triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
     swiglu_kernel[(programs,)](
-        TensorDescriptor.from_tensor(hidden_states, [rows, hidden]),
-        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, columns, hidden]),
-        TensorDescriptor.from_tensor(out, [rows, columns]),
+        TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
+        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, tile.columns, tile.hidden]),
+        TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
         patches,
         hidden_size,
         size,
-        *SWIGLU_BLOCK,
-        num_warps=SWIGLU_WARPS,
-        num_stages=SWIGLU_STAGES,
+        *tile[:4],
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
 
 

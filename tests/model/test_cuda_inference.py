@@ -319,8 +319,10 @@ def test_a_graph_gives_the_bits_of_its_padded_layout_whatever_its_padding_holds(
     (graph,) = engine.graphs.values()
     budget = graph.budget
     with torch.inference_mode():
-        attend = engine.attention(graph.cu_seqlens, budget.patches, budget.longest, budget.length)
-        padded = engine.forward(graph.buffers, graph.positions, budget.side, attend)[:own].clone()
+        places = kernels.patch_places(graph.cu_seqlens, graph.frame_sizes, budget.patches)
+        attend = engine.attention(graph.cu_seqlens, places, budget.longest, budget.length)
+        positions = engine.position_embeddings(places, budget.side)
+        padded = engine.forward(graph.buffers, positions, attend)[:own].clone()
         assert torch.equal(ours, padded)
         graph.buffers.patches[own:, :588].fill_(float("nan"))
         graph.graph.replay()
@@ -451,7 +453,7 @@ def test_threads_on_streams_of_their_own_get_their_own_features():
 def test_a_caller_captures_a_graph_of_its_own():
     packed = packing_model(reference_model(torch.bfloat16)).cuda()
     inputs = inputs_of([(5, 7)] * 3)
-    layout = packed_layout(inputs["grid_thw"], packed.config)
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
     given = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in layout._asdict().items()}
     expected = features(packed, inputs, times=3)
     graph = torch.cuda.CUDAGraph()
