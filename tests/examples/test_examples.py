@@ -234,10 +234,10 @@ def unconverted(folder: Path) -> str:
 def test_a_wrong_checkpoint_is_one_line(run, tmp_path, command):
     (tmp_path / "empty").mkdir()
     for checkpoint, message in [
-        ("nosuch", "No such folder: nosuch"),
-        ("empty/nosuch", "No such folder: empty/nosuch"),
+        ("nosuch", "nosuch does not exist: give a folder that"),
+        ("empty/nosuch", "empty/nosuch is no local path, and the Hub"),
         ("empty", "config.json"),
-        ("somebody/model", "somebody/model is no folder, and the Hub"),
+        ("somebody/model", "somebody/model is no local path, and the Hub"),
         (unconverted(tmp_path / "original"), "convert_weights.py"),
     ]:
         status, printed, _ = run(*command, "--checkpoint", checkpoint)
