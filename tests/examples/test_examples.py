@@ -270,6 +270,14 @@ def test_a_wrong_argument_is_one_line(run, tmp_path, command, message):
     assert not list(tmp_path.iterdir()), "nothing may be written"
 
 
+@pytest.mark.parametrize("place", ["", "deep/er"])
+def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path, place):
+    (tmp_path / "taken").write_text("mine")
+    status, printed, _ = run("vision_language_model", "--output", Path("taken", place))
+    assert status == f"error: --output must be a folder that can be written to, got {Path('taken', place)}."
+    assert not printed and [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 def test_a_missing_scikit_learn_names_the_line_that_installs_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     status, _, _ = run("finetune", "--output", "run")
