@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layout_aimv2_packing import PackedLayout, equal_length_runs
+from .layout_aimv2_packing import PackedLayout, equal_length_runs, with_positions
 
 
 # Few enough that a layer's activations stay in the cache, enough that its matrix products run at full speed.
@@ -31,7 +31,7 @@ SHORT_LENGTH = 96
 HALF = (torch.bfloat16, torch.float16)
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, modules: Any) -> str | None:
     """Why this engine cannot run a forward that no hook, wrapper or gradient speaks against, or `None`."""
     if hidden_states.device.type != "cpu":
         return f"the model is on {hidden_states.device}"
@@ -43,6 +43,7 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout)
 def encode(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """Patches `(total_patches, patch_dim)` to features after the final norm `(total_patches, hidden_size)`."""
     features = None
+    layout = with_positions(layout, model.config)
     for block in plan_blocks(layout.lengths):
         own = hidden_states[block.rows]
         # With ones, because not every dtype has a zero.

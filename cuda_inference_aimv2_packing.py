@@ -25,8 +25,16 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .layout_aimv2_packing import sincos
-from .triton_kernels_aimv2_packing import add_rms_norm, segment_attention, segment_bounds, silu_mul, triton
+from .layout_aimv2_packing import PackedLayout, sincos
+from .triton_kernels_aimv2_packing import (
+    add_rms_norm,
+    learned_positions,
+    native_positions,
+    patch_places,
+    segment_attention,
+    silu_mul,
+    triton,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +81,7 @@ class Budget(NamedTuple):
         segments (`int`): Segments, where attention needs a bound on them.
         longest (`int`): Patches of the longest segment, likewise.
         side (`int`): Rows or columns of an image; 0 with learned positions.
+        attention (`str`): The attention implementation, whose kernels a graph holds.
         length (`int`, or `None`): Patches of every segment of the one layout that this is for, without padding.
     """
 
@@ -80,6 +89,7 @@ class Budget(NamedTuple):
     segments: int
     longest: int
     side: int
+    attention: str
     length: int | None = None
 
 
@@ -122,12 +132,8 @@ class Weights:
     """The model's weights as the engine multiplies by them, and what tells that the model's own have changed."""
 
     def __init__(self, model: nn.Module, merge: bool):
-        modules = list(model.modules())
-        self.children = [module._modules for module in modules if module._modules]
-        self.owners = [module._parameters for module in modules if module._parameters]
-        self.modules = list(chain.from_iterable(map(dict.values, self.children)))
-        self.slots = list(chain.from_iterable(map(dict.values, self.owners)))
-        self.parameters = [parameter for parameter in self.slots if parameter is not None]
+        self.modules = list(model.modules())[1:]
+        self.parameters = parameters_of(self.modules)
         self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
         self.copies: list[tuple[torch.Tensor, nn.Parameter]] = []
         self.layers = [self.layer(layer, merge) for layer in model.encoder.layers]
@@ -162,11 +168,12 @@ class Weights:
             self.copies += copies
         return [Product(weight, bias, slice(None))]
 
-    def are_current(self) -> bool:
-        """Whether all modules and parameters are the same, where they were."""
+    def are_those_of(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are the modules and parameters that the weights are from, and the latter where they were."""
         return (
-            all(map(is_, chain.from_iterable(map(dict.values, self.children)), self.modules))
-            and all(map(is_, chain.from_iterable(map(dict.values, self.owners)), self.slots))
+            modules == self.modules
+            and len(parameters) == len(self.parameters)
+            and all(map(is_, parameters, self.parameters))
             and self.are_in_place()
         )
 
@@ -182,6 +189,12 @@ class Weights:
         self.versions = list(map(attrgetter("_version"), self.sources))
         for copy, source in self.copies:
             copy.copy_(source)
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Those that lie in the modules themselves, one after the other."""
+    slots = chain.from_iterable(module._parameters.values() for module in modules)
+    return [parameter for parameter in slots if parameter is not None]
 
 
 class Buffers:
@@ -216,25 +229,28 @@ def without_garbage_collection() -> Iterator[None]:
 class Graph:
     """A captured forward over static inputs. The graphs of an engine share memory, so they run one after the other."""
 
-    def __init__(self, budget: Budget, buffers: Buffers, positions: Sequence[torch.Tensor]):
-        self.budget, self.buffers, self.positions = budget, buffers.first(budget.patches), positions
-        size = (budget.segments + 1,)
-        self.cu_seqlens = torch.full(size, budget.patches, dtype=torch.int32, device=buffers.patches.device)
+    def __init__(self, budget: Budget, buffers: Buffers):
+        self.budget, self.buffers = budget, buffers.first(budget.patches)
+        like = {"dtype": torch.int32, "device": buffers.patches.device}
+        # Segments that a batch lacks begin and end where the padding ends.
+        self.cu_seqlens = torch.full((budget.segments + 1,), budget.patches, **like)
+        self.frame_sizes = torch.ones(2, budget.segments, **like)
+        self.loaded_segments = 0
         self.graph = torch.cuda.CUDAGraph()
         self.output: torch.Tensor | None = None
         self.last_forward = 0
 
-    def load(self, patches: torch.Tensor, layout: Any) -> None:
+    def load(self, patches: torch.Tensor, layout: PackedLayout, zero_padding: bool) -> None:
         own, patch_dim = patches.shape
         self.buffers.patches[:own, :patch_dim].copy_(patches)
-        if own < self.budget.patches:
-            # Finite, because a kernel of the user's choice may read past a segment's end.
+        if zero_padding and own < self.budget.patches:
             self.buffers.patches[own:].zero_()
-        for static, given in zip(self.positions, position_tensors(layout), strict=True):
-            static[:own].copy_(given)
-        if self.budget.length is None:
-            self.cu_seqlens.fill_(self.budget.patches)
-            self.cu_seqlens[: len(layout.cu_seqlens)].copy_(layout.cu_seqlens)
+        segments = len(layout.cu_seqlens) - 1
+        if segments < self.loaded_segments:
+            self.cu_seqlens[segments + 1 : self.loaded_segments + 1].fill_(self.budget.patches)
+        self.cu_seqlens[: segments + 1].copy_(layout.cu_seqlens)
+        self.frame_sizes[:, :segments].copy_(layout.frame_sizes)
+        self.loaded_segments = segments
 
     def capture(self, run: Callable[[], torch.Tensor], stream: torch.cuda.Stream, pool: Any) -> None:
         """Captures `run`, which has to have run before: compiling kernels is no part of a graph."""
@@ -256,17 +272,12 @@ class Graph:
         self.output = output
 
 
-def position_tensors(layout: Any) -> tuple[torch.Tensor, ...]:
-    if layout.position_ids is not None:
-        return (layout.position_ids,)
-    return layout.interp_indices, layout.interp_weights
-
-
 class Engine:
     """One model's weights, buffers and graphs. `reason` says why it cannot run; `None` where it can."""
 
     def __init__(self, model: nn.Module, settings: CudaInferenceSettings):
         self.settings, self.config = settings, model.config
+        self.is_native = model.config.is_native
         self.lock = threading.Lock()
         self.head_dim = model.config.hidden_size // model.config.num_attention_heads
         self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
@@ -276,6 +287,8 @@ class Engine:
         self.dense_works, self.dense_tried = True, False
         # Whether the last forward was let in: then the next may start before it is.
         self.admitted = False
+        # What the door saw when it last let a forward in.
+        self.modules: Any = None
         self.buffers: list[Buffers] = []
         self.tables: dict[int, torch.Tensor] = {}
         self.weights = Weights(model, merge=False)
@@ -346,23 +359,22 @@ class Engine:
             large_enough = [self.new_buffers(min(power_of_two(budget.patches, 1024), most))]
             self.buffers += large_enough
         buffers = min(large_enough, key=lambda buffers: len(buffers.patches))
-        kinds = [(2, torch.int64)] if self.config.is_native else [(16, torch.int64), (16, torch.float32)]
-        positions = [torch.zeros(budget.patches, n, dtype=dtype, device=self.device) for n, dtype in kinds]
-        return Graph(budget, buffers, positions)
+        return Graph(budget, buffers)
 
-    def position_embeddings(self, positions: Sequence[torch.Tensor], side: int) -> torch.Tensor:
-        if self.config.is_native:
-            # The model was trained with the column first.
-            sides = positions[0].flip(1)
-            if not side:
-                return sincos(sides, self.config.hidden_size // 4).to(self.dtype).flatten(1)
-            return F.embedding(sides, self.tables[side]).flatten(1)
-        indices, weights = positions
-        table = self.weights.embeddings.position_embedding.weight.float()
-        return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum").to(self.dtype)
+    def position_embeddings(self, places: torch.Tensor, side: int) -> torch.Tensor:
+        """Of patches in `places`, what [`patch_places`] returns: `(patches, hidden_size)`."""
+        if self.is_native:
+            return native_positions(places, self.tables[side])
+        table = self.weights.embeddings.position_embedding.weight
+        return learned_positions(places, table)
 
     def attention(
-        self, cu_seqlens: torch.Tensor, patches: int, longest: int, length: int | None, lengths: Sequence[int] = ()
+        self,
+        cu_seqlens: torch.Tensor,
+        places: torch.Tensor,
+        longest: int,
+        length: int | None = None,
+        lengths: Sequence[int] = (),
     ) -> Attention:
         """
         The fastest kernel of PyTorch's own for these segments, all of `length` patches where that is given; by the
@@ -392,11 +404,10 @@ class Engine:
             return dense
 
         if self.has_own_attention:
-            bounds = segment_bounds(cu_seqlens, patches)
-            return lambda module, *states: segment_attention(*states, bounds)
+            return lambda module, *states: segment_attention(*states, places)
 
         if len(lengths) > MAX_SEGMENTS:
-            return self.attention_in_parts(cu_seqlens, lengths)
+            return self.attention_in_parts(cu_seqlens, places, lengths)
 
         if self.dtype != torch.float32 and self.capability >= (8, 0):
 
@@ -416,13 +427,13 @@ class Engine:
 
         return efficient
 
-    def attention_in_parts(self, cu_seqlens: torch.Tensor, lengths: Sequence[int]) -> Attention:
+    def attention_in_parts(self, cu_seqlens: torch.Tensor, places: torch.Tensor, lengths: Sequence[int]) -> Attention:
         parts, start = [], 0
         for first in range(0, len(lengths), MAX_SEGMENTS):
             own = lengths[first : first + MAX_SEGMENTS]
             rows = slice(start, start + sum(own))
             cu = cu_seqlens[first : first + len(own) + 1] - start
-            parts.append((rows, self.attention(cu, sum(own), max(own), None, own)))
+            parts.append((rows, self.attention(cu, places, max(own))))
             start = rows.stop
 
         def in_parts(module, *states):
@@ -430,9 +441,7 @@ class Engine:
 
         return in_parts
 
-    def forward(
-        self, buffers: Buffers, positions: Sequence[torch.Tensor], side: int, attend: Attention
-    ) -> torch.Tensor:
+    def forward(self, buffers: Buffers, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
         """`buffers.patches` to `(patches, hidden_size)` after the final norm, in `buffers.normed`."""
         weights, config = self.weights, self.config
         residual, normed, activated = buffers.residual, buffers.normed, buffers.activated
@@ -448,7 +457,7 @@ class Engine:
         add_rms_norm(normed, None, norm.weight, norm.eps, out=residual)
 
         norms = [*(layer.norm1 for layer in weights.layers), weights.norm]
-        add_rms_norm(residual, self.position_embeddings(positions, side), norms[0].weight, norms[0].eps, out=normed)
+        add_rms_norm(residual, positions, norms[0].weight, norms[0].eps, out=normed)
         for layer, next_norm in zip(weights.layers, norms[1:], strict=True):
             for product in layer.qkv:
                 product(normed, out=qkv)
@@ -469,7 +478,7 @@ class Engine:
             residual.addmm_(states, product.weight.t())
             add_rms_norm(residual, None, norm.weight, norm.eps, out=normed)
 
-    def may_be_dense(self, patches: int, segments: int, length: int) -> bool:
+    def may_be_dense(self, patches: int, segments: int, length: int, attention: str) -> bool:
         """Whether all segments are of one length, for which cuDNN's dense kernel is the fastest."""
         return (
             segments * length == patches
@@ -479,7 +488,7 @@ class Engine:
             and self.capability >= (9, 0)
             and self.head_dim <= 128
             and self.dense_works
-            and self.config._attn_implementation == "sdpa"
+            and attention == "sdpa"
             and torch.backends.cuda.cudnn_sdp_enabled()
         )
 
@@ -487,38 +496,37 @@ class Engine:
         """cuDNN need not be there, nor of a version that has this kernel."""
         row = torch.ones(64, self.config.num_attention_heads, self.head_dim, dtype=self.dtype, device=self.device)
         try:
-            self.attention(row, 64, 64, length=64)(None, row, row, row)
+            self.attention(row, row, 64, length=64)(None, row, row, row)
         except RuntimeError:
             self.dense_works = False
         self.dense_tried = True
 
-    def budget_of(self, patches: int, layout: Any) -> Budget:
+    def budget_of(self, patches: int, layout: PackedLayout) -> Budget:
         """The smallest budget that this layout fits; its own where it came often enough to have one."""
         segments, longest = len(layout.cu_seqlens) - 1, layout.max_seqlen
-        side = 0
-        if self.config.is_native and layout.num_positions is not None:
-            side = power_of_two(layout.num_positions, 128)
-        if self.may_be_dense(patches, segments, longest) and self.seen[segments, longest] >= DENSE_AFTER:
-            return Budget(patches, segments, longest, side, length=longest)
-        return self.budget_for_any(patches, segments, longest, side)
+        side = power_of_two(layout.num_positions, 128) if self.is_native else 0
+        attention = self.config._attn_implementation
+        if self.may_be_dense(patches, segments, longest, attention):
+            if self.seen[segments, longest] >= DENSE_AFTER:
+                return Budget(patches, segments, longest, side, attention, length=longest)
+            self.seen[segments, longest] += 1
+        return self.budget_for_any(patches, segments, longest, side, attention)
 
-    def budget_for_any(self, patches: int, segments: int, longest: int, side: int) -> Budget:
+    def budget_for_any(self, patches: int, segments: int, longest: int, side: int, attention: str) -> Budget:
         size = padded_size(patches)
-        if self.has_own_attention and self.config._attn_implementation == "sdpa":
-            return Budget(size, size, size, side)
-        return Budget(size, power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256), side)
+        if self.has_own_attention and attention == "sdpa":
+            return Budget(size, size, size, side, attention)
+        segments, longest = power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256)
+        return Budget(size, segments, longest, side, attention)
 
     def key_of(self, budget: Budget) -> tuple:
         """What a graph depends on: the kernels that were chosen when it was captured are in it for good."""
-        return budget, self.config._attn_implementation, torch.backends.cuda.matmul.fp32_precision
+        return budget, self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
 
     def graph_for(self, budget: Budget, at_once: bool = False) -> Graph | None:
         """The graph of this budget, not captured yet if it is new; `None` where the forward runs without."""
         settings = self.settings
         if budget.patches > settings.max_graph_patches or self.capture_failure is not None:
-            return None
-        if budget.side == 0 and self.config.is_native:
-            # Positions of unknown size, which a table of fixed size would not hold.
             return None
         key = self.key_of(budget)
         graph = self.graphs.get(key)
@@ -535,16 +543,20 @@ class Engine:
             # Tensors made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
                 graph = self.graphs[key] = self.new_graph(budget)
-        graph.last_forward = self.forwards
-        self.graphs.move_to_end(key)
+        self.touch(graph)
         return graph
+
+    def touch(self, graph: Graph) -> None:
+        graph.last_forward = self.forwards
+        self.graphs.move_to_end(self.key_of(graph.budget))
 
     def capture(self, graph: Graph) -> None:
         budget = graph.budget
 
         def run() -> torch.Tensor:
-            attend = self.attention(graph.cu_seqlens, budget.patches, budget.longest, budget.length)
-            return self.forward(graph.buffers, graph.positions, budget.side, attend)
+            places = patch_places(graph.cu_seqlens, graph.frame_sizes, budget.patches)
+            attend = self.attention(graph.cu_seqlens, places, budget.longest, budget.length)
+            return self.forward(graph.buffers, self.position_embeddings(places, budget.side), attend)
 
         try:
             run()
@@ -561,12 +573,15 @@ class Engine:
             self.tables[side] = sincos(positions, self.config.hidden_size // 4).to(self.dtype)
             self.ready.record()
 
-    def run(self, graph: Graph, patches: torch.Tensor, layout: Any, stream: torch.cuda.Stream) -> torch.Tensor | None:
+    def run(
+        self, graph: Graph, patches: torch.Tensor, layout: PackedLayout, stream: torch.cuda.Stream
+    ) -> torch.Tensor | None:
         """Features of a tensor of their own; `None` where the graph is new and cannot be captured."""
         if stream != self.graph_stream:
             stream.wait_event(self.done)
             self.graph_stream = stream
-        graph.load(patches, layout)
+        # A kernel of the user's choice may read past a segment's end.
+        graph.load(patches, layout, zero_padding=graph.budget.attention != "sdpa")
         if graph.output is None:
             with torch.inference_mode(False), torch.no_grad():
                 self.capture(graph)
@@ -577,7 +592,7 @@ class Engine:
         self.done.record(stream)
         return output
 
-    def start(self, patches: torch.Tensor, layout: Any) -> torch.Tensor | None:
+    def start(self, patches: torch.Tensor, layout: PackedLayout) -> tuple[Graph, torch.Tensor] | None:
         """`encode`, where there is a graph already and no parameter has moved or been written to."""
         if self.reason is not None or not self.admitted or patches.device != self.device:
             return None
@@ -588,29 +603,33 @@ class Engine:
             if graph is None or graph.output is None:
                 return None
             stream = torch.cuda.current_stream(self.device)
-            if stream != self.last_stream:
-                stream.wait_event(self.ready)
-                self.last_stream = stream
+            self.wait_until_ready(stream)
             self.admitted = False
-            return self.run(graph, patches, layout, stream)
+            output = self.run(graph, patches, layout, stream)
+            return None if output is None else (graph, output)
 
-    def encode(self, patches: torch.Tensor, layout: Any, started: torch.Tensor | None) -> torch.Tensor:
-        stream = torch.cuda.current_stream(self.device)
-        segments = len(layout.cu_seqlens) - 1
+    def wait_until_ready(self, stream: torch.cuda.Stream) -> None:
+        if stream != self.last_stream:
+            stream.wait_event(self.ready)
+            self.last_stream = stream
+
+    def encode(
+        self, patches: torch.Tensor, layout: PackedLayout, started: tuple[Graph, torch.Tensor] | None
+    ) -> torch.Tensor:
         with self.lock:
             self.admitted = True
             self.forwards += 1
+            if started is not None:
+                graph, output = started
+                if self.graphs.get(self.key_of(graph.budget)) is graph:
+                    self.touch(graph)
+                return output
             if len(self.seen) > 4096:
                 self.seen.clear()
-            if self.may_be_dense(len(patches), segments, layout.max_seqlen):
-                self.seen[segments, layout.max_seqlen] += 1
             budget = self.budget_of(len(patches), layout)
             graph = self.graph_for(budget)
-            if started is not None:
-                return started
-            if stream != self.last_stream:
-                stream.wait_event(self.ready)
-                self.last_stream = stream
+            stream = torch.cuda.current_stream(self.device)
+            self.wait_until_ready(stream)
             with torch.inference_mode(False), torch.no_grad():
                 if budget.length is not None and not self.dense_tried:
                     self.try_dense()
@@ -625,14 +644,16 @@ class Engine:
                     return output
         buffers = self.new_buffers(len(patches))
         buffers.patches[:, : patches.shape[1]].copy_(patches)
-        lengths = layout.lengths if segments > MAX_SEGMENTS else ()
+        lengths = layout.lengths if len(layout.cu_seqlens) > MAX_SEGMENTS + 1 else ()
         length = budget.length if self.dense_works else None
-        attend = self.attention(layout.cu_seqlens, len(patches), layout.max_seqlen, length, lengths)
-        return self.forward(buffers, position_tensors(layout), budget.side, attend)
+        places = patch_places(layout.cu_seqlens, layout.frame_sizes, len(patches))
+        attend = self.attention(layout.cu_seqlens, places, layout.max_seqlen, length, lengths)
+        return self.forward(buffers, self.position_embeddings(places, budget.side), attend)
 
     def capture_ahead(self, lengths: Sequence[int]) -> None:
-        side = 128 if self.config.is_native else 0
-        budget = self.budget_for_any(sum(lengths), len(lengths), max(lengths), side)
+        side = 128 if self.is_native else 0
+        attention = self.config._attn_implementation
+        budget = self.budget_for_any(sum(lengths), len(lengths), max(lengths), side, attention)
         with self.lock:
             self.position_table(budget.side)
             graph = self.graph_for(budget, at_once=True)
@@ -652,36 +673,48 @@ settings_of: WeakKeyDictionary[nn.Module, CudaInferenceSettings] = WeakKeyDictio
 engines_lock = threading.Lock()
 
 
-def engine_of(model: nn.Module) -> Engine:
+def engine_of(model: nn.Module, modules: Any = None) -> Engine:
     """The model's engine: a new one where modules or parameters have moved or been replaced."""
     engine = engines.get(model)
-    if engine is None or not engine.weights.are_current():
-        with engines_lock, torch.inference_mode(False), torch.no_grad():
-            engine = engines.get(model)
-            if engine is None or not engine.weights.are_current():
-                release(model)
-                engine = engines[model] = Engine(model, settings_of.get(model, CudaInferenceSettings()))
+    if engine is not None and engine.modules is modules is not None:
+        return engine
+    below = list(model.modules())[1:]
+    parameters = parameters_of(below)
+    with engines_lock, torch.inference_mode(False), torch.no_grad():
+        engine = engines.get(model)
+        if engine is None or not engine.weights.are_those_of(below, parameters):
+            release(model)
+            engine = engines[model] = Engine(model, settings_of.get(model, CudaInferenceSettings()))
+        engine.modules = modules
     return engine
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> str | None:
+def has_frames(layout: PackedLayout) -> bool:
+    """Whether positions follow from the sizes of the frames."""
+    given = layout.position_ids is not None or layout.interp_indices is not None
+    return layout.frame_sizes is not None and layout.num_positions is not None and not given
+
+
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, modules: Any) -> str | None:
     """Why this forward cannot run here; `None` where it can, and then `encode` has to follow at once."""
     if hidden_states.device.type != "cuda":
         release(model)
         return f"the patches are on {hidden_states.device}"
-    if not len(hidden_states):
-        return "there are no patches"
+    if not has_frames(layout):
+        return "the sizes of the frames are not known, or positions were given"
     if model.config._attn_implementation != "sdpa" and not is_flash_attention_requested(model.config):
         return f"the attention implementation is {model.config._attn_implementation}"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a CUDA graph"
-    engine = engine_of(model)
+    engine = engine_of(model, modules)
     if engine.reason is None and engine.device != hidden_states.device:
         return f"the patches are on {hidden_states.device}, the weights on {engine.device}"
     return engine.reason
 
 
-def start(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> tuple[Engine, torch.Tensor] | None:
+def start(
+    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout
+) -> tuple[Engine, tuple[Graph, torch.Tensor]] | None:
     """
     Starts a forward that is likely to be let in, before anyone has looked whether it may be: the GPU works meanwhile.
     To be handed to `encode`, or dropped. `None` where there is no graph for it, or the forward before was not let in.
@@ -689,13 +722,18 @@ def start(model: nn.Module, hidden_states: torch.Tensor, layout: Any) -> tuple[E
     engine = engines.get(model)
     if engine is None or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
         return None
+    if not has_frames(layout):
+        return None
     with torch.cuda.device(engine.device):
-        output = engine.start(hidden_states, layout)
-    return None if output is None else (engine, output)
+        started = engine.start(hidden_states, layout)
+    return None if started is None else (engine, started)
 
 
 def encode(
-    model: nn.Module, hidden_states: torch.Tensor, layout: Any, started: tuple[Engine, torch.Tensor] | None = None
+    model: nn.Module,
+    hidden_states: torch.Tensor,
+    layout: PackedLayout,
+    started: tuple[Engine, tuple[Graph, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
@@ -703,9 +741,9 @@ def encode(
     """
     # Another thread may have released it since it was asked.
     engine = engines.get(model) or engine_of(model)
-    output = started[1] if started is not None and started[0] is engine else None
+    own = started[1] if started is not None and started[0] is engine else None
     with torch.cuda.device(engine.device):
-        return engine.encode(hidden_states, layout, output)
+        return engine.encode(hidden_states, layout, own)
 
 
 def configure(model: nn.Module, **changes: Any) -> None:

@@ -41,14 +41,15 @@ class Engine(NamedTuple):
 
     Attributes:
         name (`str`): What `model.path` says when it ran.
-        refusal (`Callable`): `(model, hidden_states, layout)` to why it cannot run this forward, or `None`.
+        refusal (`Callable`): `(model, hidden_states, layout, modules)` to why it cannot run this forward, or `None`.
+            `modules`, a [`Modules`], is the same object as long as nothing in it has changed.
         encode (`Callable`): `(model, hidden_states, layout)` to the features after the final norm.
         start (`Callable`, *optional*): `(model, hidden_states, layout)` to what `encode` takes as `started`, or `None`:
             begins on the device what `encode` then completes. Nothing comes of it if the forward is not let in.
     """
 
     name: str
-    refusal: Callable[[nn.Module, torch.Tensor, PackedLayout], str | None]
+    refusal: Callable[..., str | None]
     encode: Callable[..., torch.Tensor]
     start: Callable[[nn.Module, torch.Tensor, PackedLayout], Any] | None = None
 
@@ -103,13 +104,14 @@ class Modules:
             and list(map(type, self.below)) == self.types
             and list(map(len, self.states)) == self.sizes
             and all(kind.forward is forward for kind, forward in self.forwards.items())
-            and (
-                self.obstacle is not None
-                or (
-                    list(map(torch.Tensor.data_ptr, self.weights)) == self.pointers
-                    and list(map(attrgetter("dtype"), self.weights)) == self.dtypes
-                )
-            )
+            and (self.obstacle is not None or self.are_in_place())
+        )
+
+    def are_in_place(self) -> bool:
+        """Whether the memory of all parameters is where it was, and of the same dtype."""
+        return (
+            list(map(torch.Tensor.data_ptr, self.weights)) == self.pointers
+            and list(map(attrgetter("dtype"), self.weights)) == self.dtypes
         )
 
     def look_closely(self) -> str | None:
@@ -180,29 +182,33 @@ def choose_engine(model: nn.Module, hidden_states: torch.Tensor, layout: PackedL
     """
     if torch.compiler.is_compiling():
         return None
-    started = None
-    if model.use_engines and not captures and type(hidden_states) is torch.Tensor:
+    started, reasons = None, []
+    obstacle = obstacle_in_call(model, hidden_states, layout, captures)
+    if obstacle is None:
         for engine in ENGINES:
             # The last forward ran there: the device need not wait until it is certain that this one may.
-            if engine.start is not None and engine.name == model.path and watching_mode(hidden_states) is None:
+            if engine.start is not None and engine.name == model.path:
                 started = engine.start(model, hidden_states, layout)
-    obstacle = obstacle_to_all(model, hidden_states, layout, captures)
-    reasons = []
+        modules = SEEN.get(model)
+        if modules is None or not modules.are_current():
+            modules = SEEN[model] = Modules(model)
+        obstacle = obstacle_in_modules(model, hidden_states, modules)
     for engine in ENGINES if obstacle is None else ():
-        reason = engine.refusal(model, hidden_states, layout)
+        reason = engine.refusal(model, hidden_states, layout, modules)
         if reason is None:
-            model.path = engine.name
+            if model.path != engine.name:
+                model.path = engine.name
             return engine if started is None else engine._replace(encode=partial(engine.encode, started=started))
         reasons.append(f"{engine.name}: {reason}")
     path = f"plain: {obstacle or ', '.join(reasons)}"
     if path != model.path:
         logger.debug(path)
-    model.path = path
+        model.path = path
     return None
 
 
-def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> str | None:
-    """Why no engine may run this forward, or `None`."""
+def obstacle_in_call(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, captures: bool) -> str | None:
+    """Why no engine may run this forward, whatever the model's modules are, or `None`."""
     if not model.use_engines:
         return "`use_engines` is false"
     if captures:
@@ -213,12 +219,11 @@ def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Packe
         return "there are no patches"
     if type(hidden_states) is not torch.Tensor and type(hidden_states) is not nn.Parameter:
         return f"`hidden_states` is a {type(hidden_states).__name__}"
-    if watched := watching_mode(hidden_states):
-        return watched
+    return watching_mode(hidden_states)
 
-    modules = SEEN.get(model)
-    if modules is None or not modules.are_current():
-        modules = SEEN[model] = Modules(model)
+
+def obstacle_in_modules(model: nn.Module, hidden_states: torch.Tensor, modules: Modules) -> str | None:
+    """Why no engine may run in place of these modules, or `None`."""
     if modules.obstacle:
         return modules.obstacle
     for module, hooks in zip(modules.owners, modules.hooks, strict=True) if any(modules.hooks) else ():
@@ -234,7 +239,7 @@ def obstacle_to_all(model: nn.Module, hidden_states: torch.Tensor, layout: Packe
         hidden_states.requires_grad or any(map(attrgetter("requires_grad"), modules.weights))
     ):
         return "gradients are enabled"
-    if model.config.attention_dropout and any(map(attrgetter("training"), modules.below)):
+    if any(map(attrgetter("training"), modules.below)) and model.config.attention_dropout:
         return "dropout is active"
     return None
 

@@ -7,13 +7,13 @@ Names and order of values are those of transformers' `vision_utils`, so that wha
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import TransformersKwargs
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_interpolation_indices_and_weights
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
 
@@ -23,6 +23,7 @@ from .configuration_aimv2_packing import Aimv2PackingConfig
 MAX_PATCHES_PER_CALL = 4096
 
 POSITIONS = ("position_ids", "num_positions", "interp_indices", "interp_weights")
+FRAMES = ("grids", "frame_sizes", "num_positions")
 
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -33,7 +34,7 @@ INTEGER_DTYPES = {
 class PackedLayout(NamedTuple):
     """
     How a packed batch divides, and where each patch is in its image. Each field is a keyword argument of
-    [`Aimv2PackingModel.forward`], under the name that transformers' `vision_utils` gives it.
+    [`Aimv2PackingModel.forward`], under the name that transformers' `vision_utils` gives it, where it has one.
 
     Attributes:
         runs (`tuple[tuple[int, int], ...]`, or `None`): Neighbouring segments of equal length as `(segments, length)`.
@@ -41,19 +42,24 @@ class PackedLayout(NamedTuple):
         cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and last
             the number of patches.
         max_seqlen (`int`): Patches of the longest segment, or a larger number.
-        position_ids (`torch.Tensor`, int64 of shape `(total_patches, 2)`, or `None`): Row and column of each patch;
-            `None` with learned positions.
+        grids (`tuple[tuple[int, int, int], ...]`, or `None`): Frames, rows and columns of each image.
+        frame_sizes (`torch.Tensor`, int32 of shape `(2, num_segments)`, or `None`): Rows, and columns, of the frames of
+            each segment.
         num_positions (`int`, or `None`): A number above every row and column, where it is known on the host.
+        position_ids (`torch.Tensor`, int64 of shape `(total_patches, 2)`, or `None`): Row and column of each patch;
+            `None` with learned positions, and until [`with_positions`] has computed them.
         interp_indices (`torch.Tensor`, int64 of shape `(total_patches, 16)`, or `None`): The learned positions that
-            bicubic interpolation reads; `None` with native positions.
+            bicubic interpolation reads; `None` with native positions, and until [`with_positions`] has computed them.
         interp_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Their weights.
     """
 
     runs: tuple[tuple[int, int], ...] | None
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    position_ids: torch.Tensor | None = None
+    grids: tuple[tuple[int, int, int], ...] | None = None
+    frame_sizes: torch.Tensor | None = None
     num_positions: int | None = None
+    position_ids: torch.Tensor | None = None
     interp_indices: torch.Tensor | None = None
     interp_weights: torch.Tensor | None = None
 
@@ -65,52 +71,75 @@ class PackedLayout(NamedTuple):
 
 def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Neighbours of equal length as `(segments, length)`, up to `MAX_PATCHES_PER_CALL` patches where possible."""
-    runs = []
-    for length, group in groupby(lengths):
-        segments, per_call = len(list(group)), max(1, MAX_PATCHES_PER_CALL // length)
-        runs += [(min(per_call, segments - first), length) for first in range(0, segments, per_call)]
-    return tuple(runs)
-
-
-def segments_of(lengths: Sequence[int]) -> dict[str, Any]:
-    """The fields of a [`PackedLayout`] that say how it divides."""
-    return {
-        "runs": equal_length_runs(lengths),
-        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
-        "max_seqlen": max(lengths, default=0),
-    }
+    runs, segments, previous, per_call = [], 0, 0, 0
+    for length in lengths:
+        if length == previous and segments < per_call:
+            segments += 1
+            continue
+        if segments:
+            runs.append((segments, previous))
+        segments, previous, per_call = 1, length, max(1, MAX_PATCHES_PER_CALL // length)
+    return (*runs, (segments, previous)) if segments else ()
 
 
 @torch.compiler.disable
 def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches: int | None = None) -> PackedLayout:
     """
-    Everything that a forward derives from `grid_thw`, on the CPU and without a model: `forward` calls this itself. A
-    data loader's worker can call it ahead, for `model(hidden_states, grid_thw, **layout._asdict())`.
+    What a forward derives from `grid_thw`, on the CPU and without a model: `forward` calls this itself. A data loader's
+    worker can call it ahead, for `model(hidden_states, grid_thw, **layout._asdict())`.
 
     Args:
         grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
-        config (`Aimv2PackingConfig`): Of the model, for its kind of positions and `merge_temporal`.
+        config (`Aimv2PackingConfig`): Of the model, for its `merge_temporal`.
         num_patches (`int`, *optional*): How many patches `grid_thw` has to describe.
 
     Raises:
         ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
     """
-    grid_thw = validate_grid_thw(grid_thw, num_patches)
-    segments = segments_of(get_vision_cu_seqlens(grid_thw, merge_temporal=config.merge_temporal).diff().tolist())
+    grid_thw, grids = validate_grid_thw(grid_thw, num_patches)
+    if config.merge_temporal:
+        lengths, frame_sizes = [t * h * w for t, h, w in grids], grid_thw[:, 1:]
+    else:
+        lengths = [h * w for t, h, w in grids for _ in range(t)]
+        frame_sizes = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+    return PackedLayout(
+        runs=equal_length_runs(lengths),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
+        max_seqlen=max(lengths, default=0),
+        grids=grids,
+        frame_sizes=frame_sizes.T.to(torch.int32).contiguous(),
+        num_positions=int(grid_thw[:, 1:].max()) if grids else 0,
+    )
+
+
+def with_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> PackedLayout:
+    """
+    The layout with `position_ids`, or `interp_indices` and `interp_weights`, whichever a model of this configuration
+    reads; computed on the CPU from `grids` unless they are there, and on the device of `cu_seqlens`.
+    """
+    own = layout.position_ids if config.is_native else layout.interp_indices
+    return compute_positions(layout, config) if own is None else layout
+
+
+@torch.compiler.disable
+def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> PackedLayout:
+    device = layout.cu_seqlens.device
+    grid_thw = torch.tensor(layout.grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
     if config.is_native:
         frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
         sizes = frames.prod(dim=1)
         within = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         widths = frames[:, 1].repeat_interleave(sizes)
         position_ids = torch.stack([within // widths, within % widths], dim=1)
-        return PackedLayout(
-            **segments, position_ids=position_ids, num_positions=int(frames.max()) if len(frames) else 0
-        )
+        return layout._replace(position_ids=position_ids.to(device, non_blocking=True))
     # One more image of one patch, cut off again, makes an empty batch valid.
     indices, weights = get_vision_interpolation_indices_and_weights(
         F.pad(grid_thw, (0, 0, 0, 1), value=1), config.image_size // config.patch_size, mode="bicubic"
     )
-    return PackedLayout(**segments, interp_indices=indices[:-1], interp_weights=weights[:-1])
+    return layout._replace(
+        interp_indices=indices[:-1].to(device, non_blocking=True),
+        interp_weights=weights[:-1].to(device, non_blocking=True),
+    )
 
 
 def resolve_layout(
@@ -126,14 +155,18 @@ def resolve_layout(
     num_patches, device = hidden_states.shape[0], hidden_states.device
     segments = validate_segments(given, num_patches) if "cu_seqlens" in given else {}
     validate_positions(given, num_patches)
-    given = segments | {name: given[name] for name in POSITIONS if name in given}
-    if "position_ids" in given:
-        given.setdefault("num_positions", None)
-    positions = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
-    if given.keys() >= {"cu_seqlens", *positions}:
-        layout = PackedLayout(**given)
+    positions = {name: given[name] for name in POSITIONS if name in given}
+    needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
+    if segments and "grids" in given:
+        validate_frames(given, num_patches)
+        layout = PackedLayout(**segments, **positions | {name: given[name] for name in FRAMES if name in given})
+    elif segments and positions.keys() >= needed:
+        layout = PackedLayout(**segments, **positions)
     else:
-        layout = packed_layout(grid_thw, config, num_patches)._replace(**given)
+        layout = packed_layout(grid_thw, config, num_patches)
+        if segments or positions:
+            # Segments or positions of the caller's own need not be those of the frames.
+            layout = layout._replace(**{"frame_sizes": None, "num_positions": None, **segments, **positions})
     # From a device to the CPU the copy has to be waited for.
     moved = {
         name: value.to(device, non_blocking=value.device.type == "cpu")
@@ -209,10 +242,12 @@ def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, devic
         raise ValueError(f"`hidden_states` is on the meta device, but the model is on {device}.")
 
 
-def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> torch.Tensor:
+def validate_grid_thw(
+    grid_thw: Any, num_patches: int | None = None
+) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
     """
-    Checks `grid_thw` and returns it as int64 on the CPU: the only device-to-host copy of a forward, and none at all
-    when it is there already.
+    Checks `grid_thw` and returns it as int64 on the CPU, and its values: the only device-to-host copy of a forward, and
+    none at all when it is there already.
 
     Raises:
         ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.
@@ -230,16 +265,16 @@ def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> torch.Te
             f"{num_patches} patches."
         )
     grid_thw = grid_thw.detach().cpu()
-    described = 0
-    for index, (t, h, w) in enumerate(grid_thw.tolist()):
-        if min(t, h, w) < 1:
-            raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {(t, h, w)} for image {index}.")
-        described += t * h * w
+    grids = tuple(map(tuple, grid_thw.tolist()))
+    if min(map(min, grids), default=1) < 1:
+        index, sizes = next((index, sizes) for index, sizes in enumerate(grids) if min(sizes) < 1)
+        raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {sizes} for image {index}.")
+    described = sum(t * h * w for t, h, w in grids)
     if num_patches is not None and described != num_patches:
         raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
     if described > torch.iinfo(torch.int32).max:
         raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
-    return grid_thw.to(torch.int64)
+    return grid_thw.to(torch.int64), grids
 
 
 def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
@@ -276,6 +311,19 @@ def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]
     return {**segments, "runs": runs}
 
 
+def validate_frames(given: dict[str, Any], num_patches: int) -> None:
+    """Checks `grids` and `frame_sizes` computed ahead, by their number: [`packed_layout`] has checked the values."""
+    described = sum(t * h * w for t, h, w in given["grids"])
+    if described != num_patches:
+        raise ValueError(f"`grids` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    frame_sizes, num_segments = given.get("frame_sizes"), given["cu_seqlens"].shape[0] - 1
+    if frame_sizes is not None and (not is_dense(frame_sizes) or tuple(frame_sizes.shape) != (2, num_segments)):
+        raise ValueError(
+            f"`frame_sizes` must be a tensor of shape (2, {num_segments}), one column per segment, got "
+            f"{kind_of(frame_sizes)}."
+        )
+
+
 def validate_positions(given: dict[str, Any], num_patches: int) -> None:
     for name, columns in (("position_ids", 2), ("interp_indices", 16), ("interp_weights", 16)):
         value = given.get(name)
@@ -286,4 +334,4 @@ def validate_positions(given: dict[str, Any], num_patches: int) -> None:
             )
 
 
-__all__ = ["PackedLayout", "packed_layout"]
+__all__ = ["PackedLayout", "packed_layout", "with_positions"]

@@ -35,6 +35,7 @@ from .layout_aimv2_packing import (
     sincos,
     validate_hidden_states,
     validate_keyword_arguments,
+    with_positions,
 )
 
 
@@ -183,6 +184,7 @@ class Aimv2PackingEmbeddings(nn.Module):
             patches = patches.unflatten(1, size).permute(0, 3, 1, 2).flatten(1)
         # Under autocast this starts the residual stream in the dtype of the weights, as in the original.
         hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
+        layout = with_positions(layout, self.config)
         positions = self.native_positions(layout) if self.config.is_native else self.learned_positions(layout)
         return hidden_states + positions.to(hidden_states.dtype)
 
@@ -404,7 +406,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`):
                 Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
                 costs no device synchronisation.
-            runs, cu_seqlens, max_seqlen, position_ids, num_positions, interp_indices, interp_weights (*optional*):
+            runs, cu_seqlens, max_seqlen, grids, frame_sizes, num_positions, position_ids, interp_indices,
+            interp_weights (*optional*):
                 Fields of a [`PackedLayout`] computed ahead, by [`packed_layout`] or by transformers' `vision_utils`.
                 `grid_thw` is not read where they say everything. Traced without `runs`, they are for segments of one
                 length.

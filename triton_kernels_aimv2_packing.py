@@ -13,8 +13,16 @@ try:
 except ImportError:
     triton = None
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor = None
+
 # Of attention; measured on an H100, docs/kernels.md.
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
+
+# Of the gated product: rows, columns of gate and of up, hidden values, and tiles of rows in a group.
+SWIGLU_BLOCK, SWIGLU_WARPS, SWIGLU_STAGES = (128, 128, 64, 8), 8, 4
 
 if triton is not None:
 
@@ -47,7 +55,39 @@ if triton is not None:
         tl.store(output + row * size + columns, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)
 
     @triton.jit
-    def segment_bounds_kernel(cu_seqlens, starts, ends, patches, segments, block: tl.constexpr):
+    def swiglu_kernel(
+        hidden_states,
+        gate_up_weight,
+        output,
+        patches,
+        hidden_size: tl.constexpr,
+        size: tl.constexpr,
+        block_rows: tl.constexpr,
+        block_columns: tl.constexpr,
+        block_hidden: tl.constexpr,
+        group: tl.constexpr,
+    ):
+        row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
+        # Flat, so that the next tile's first blocks are on their way while this one is finished.
+        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+            # `group` tiles of rows share the columns' weights while those are in the L2 cache.
+            first = tile // (group * column_tiles) * group
+            height = tl.minimum(row_tiles - first, group)
+            place = tile % (group * column_tiles)
+            row = (first + place % height) * block_rows
+            column = place // height * block_columns
+            gate_up = tl.zeros([block_rows, 2 * block_columns], tl.float32)
+            for hidden in range(0, hidden_size, block_hidden):
+                block = hidden_states.load([row, hidden])
+                weight = gate_up_weight.load([0, column, hidden]).reshape(2 * block_columns, block_hidden)
+                gate_up = tl.dot(block, weight.T, gate_up)
+            gate, up = gate_up.reshape(block_rows, 2, block_columns).permute(0, 2, 1).split()
+            # sigmoid(gate) = root**2: the hardware has a fast inverse root, but no fast division.
+            root = tl.rsqrt(1 + tl.math.exp2(gate * -1.4426950408889634))
+            output.store([row, column], (gate * root * (up * root)).to(output.dtype))
+
+    @triton.jit
+    def patch_places_kernel(cu_seqlens, frame_sizes, places, patches, segments, block: tl.constexpr):
         rows = tl.program_id(0) * block + tl.arange(0, block)
         # The number of segments that begin at or before each row, by bisection.
         low = tl.zeros([block], tl.int32)
@@ -60,9 +100,61 @@ if triton is not None:
             high = tl.where(before, high, tl.maximum(middle - 1, low))
             width = width // 2
         inside = rows < patches
-        tl.store(starts + rows, tl.load(cu_seqlens + low), mask=inside)
-        last = tl.load(cu_seqlens + tl.minimum(low + 1, segments))
-        tl.store(ends + rows, tl.minimum(last, patches), mask=inside)
+        start = tl.load(cu_seqlens + low)
+        end = tl.minimum(tl.load(cu_seqlens + tl.minimum(low + 1, segments)), patches)
+        own = tl.minimum(low, segments - 1)
+        height, width = tl.load(frame_sizes + own), tl.load(frame_sizes + segments + own)
+        within = (rows - start) % (height * width)
+        tl.store(places + rows, start, mask=inside)
+        tl.store(places + patches + rows, end, mask=inside)
+        tl.store(places + 2 * patches + rows, within // width, mask=inside)
+        tl.store(places + 3 * patches + rows, within % width, mask=inside)
+        tl.store(places + 4 * patches + rows, height, mask=inside)
+        tl.store(places + 5 * patches + rows, width, mask=inside)
+
+    @triton.jit
+    def native_positions_kernel(places, table, output, patches, half: tl.constexpr, block: tl.constexpr):
+        patch = tl.program_id(0)
+        row, column = tl.load(places + 2 * patches + patch), tl.load(places + 3 * patches + patch)
+        at = tl.arange(0, block)
+        inside = at < half
+        output += patch.to(tl.int64) * 2 * half
+        # The model was trained with the column first.
+        tl.store(output + at, tl.load(table + column * half + at, mask=inside), mask=inside)
+        tl.store(output + half + at, tl.load(table + row * half + at, mask=inside), mask=inside)
+
+    @triton.jit
+    def cubic_weight(distance):
+        # Keys' kernel with a = -0.75.
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        return tl.where(distance <= 1, near, far)
+
+    @triton.jit
+    def learned_positions_kernel(
+        places, table, output, patches, side: tl.constexpr, size: tl.constexpr, block: tl.constexpr
+    ):
+        patch = tl.program_id(0)
+        row = tl.load(places + 2 * patches + patch).to(tl.float32)
+        column = tl.load(places + 3 * patches + patch).to(tl.float32)
+        height = tl.load(places + 4 * patches + patch).to(tl.float32)
+        width = tl.load(places + 5 * patches + patch).to(tl.float32)
+        # Half-pixel centres, as in F.interpolate.
+        y = tl.div_rn((row + 0.5) * side, height) - 0.5
+        x = tl.div_rn((column + 0.5) * side, width) - 0.5
+        top, left = tl.floor(y), tl.floor(x)
+        at = tl.arange(0, block)
+        inside = at < size
+        total = tl.zeros([block], tl.float32)
+        for i in tl.static_range(-1, 3):
+            vertical = cubic_weight(tl.abs(y - top - i))
+            line = tl.minimum(tl.maximum(top.to(tl.int32) + i, 0), side - 1) * side
+            for j in tl.static_range(-1, 3):
+                weight = vertical * cubic_weight(tl.abs(x - left - j))
+                learned = line + tl.minimum(tl.maximum(left.to(tl.int32) + j, 0), side - 1)
+                total += weight * tl.load(table + learned * size + at, mask=inside, other=0.0).to(tl.float32)
+        output += patch.to(tl.int64) * size
+        tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
 
     @triton.jit
     def attend_to_block(
@@ -193,17 +285,84 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
 
 
-def segment_bounds(cu_seqlens: torch.Tensor, patches: int) -> torch.Tensor:
-    """First patch of each patch's segment and the patch after its last, int32 of shape `(2, patches)`."""
-    bounds = cu_seqlens.new_empty(2, patches)
-    segment_bounds_kernel[(triton.cdiv(patches, 128),)](
-        cu_seqlens, bounds[0], bounds[1], patches, cu_seqlens.shape[0] - 1, 128, num_warps=4
+def swiglu(hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor) -> None:
+    """
+    `out = silu(hidden_states @ gate.T) * (hidden_states @ up.T)` in one kernel, in half precision: sums in float32, one
+    rounding. Each row of `out` depends on its own row of `hidden_states` only, bit for bit.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
+        gate_up_weight (`torch.Tensor` of shape `(2 * size, hidden_size)`): `gate` above `up`; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
+    """
+    (patches, hidden_size), size = hidden_states.shape, out.shape[1]
+    rows, columns, hidden, _ = SWIGLU_BLOCK
+    tiles = programs = triton.cdiv(patches, rows) * triton.cdiv(size, columns)
+    if out.is_cuda:
+        programs = min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count)
+    swiglu_kernel[(programs,)](
+        TensorDescriptor.from_tensor(hidden_states, [rows, hidden]),
+        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, columns, hidden]),
+        TensorDescriptor.from_tensor(out, [rows, columns]),
+        patches,
+        hidden_size,
+        size,
+        *SWIGLU_BLOCK,
+        num_warps=SWIGLU_WARPS,
+        num_stages=SWIGLU_STAGES,
     )
-    return bounds
+
+
+def patch_places(cu_seqlens: torch.Tensor, frame_sizes: torch.Tensor, patches: int) -> torch.Tensor:
+    """
+    Where each patch is, int32 of shape `(6, patches)`: the first patch of its segment and the patch after its last; its
+    row and its column in its frame; the rows and the columns of that.
+
+    Args:
+        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): At least one segment.
+        frame_sizes (`torch.Tensor`, int32 of shape `(2, num_segments)`): Of a [`PackedLayout`]; contiguous.
+        patches (`int`): What `cu_seqlens` ends with.
+    """
+    places = cu_seqlens.new_empty(6, patches)
+    patch_places_kernel[(triton.cdiv(patches, 128),)](
+        cu_seqlens, frame_sizes, places, patches, frame_sizes.shape[1], 128, num_warps=4
+    )
+    return places
+
+
+def native_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """
+    Position embeddings `(patches, 2 * half)`: of the column, then of the row.
+
+    Args:
+        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
+        table (`torch.Tensor` of shape `(positions, half)`): For more positions than any row or column; contiguous.
+    """
+    patches, half = places.shape[1], table.shape[1]
+    output = table.new_empty(patches, 2 * half)
+    native_positions_kernel[(patches,)](places, table, output, patches, half, triton.next_power_of_2(half), num_warps=2)
+    return output
+
+
+def learned_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """
+    Position embeddings `(patches, size)`: `table` resampled to each frame by the bicubic interpolation of
+    `F.interpolate`, without antialiasing; summed in float32 and rounded once.
+
+    Args:
+        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
+        table (`torch.Tensor` of shape `(side * side, size)`): The learned positions; contiguous.
+    """
+    patches, size = places.shape[1], table.shape[1]
+    output = table.new_empty(patches, size)
+    learned_positions_kernel[(patches,)](
+        places, table, output, patches, math.isqrt(len(table)), size, triton.next_power_of_2(size), num_warps=4
+    )
+    return output
 
 
 def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
     """
     Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
@@ -212,7 +371,7 @@ def segment_attention(
     Args:
         query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
             `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
-        bounds (`torch.Tensor`, int32 of shape `(2, patches)`): What `segment_bounds` returns.
+        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
 
     Returns:
         `torch.Tensor` of `query`'s shape, contiguous.
@@ -226,8 +385,8 @@ def segment_attention(
         key,
         value,
         output,
-        bounds[0],
-        bounds[1],
+        places[0],
+        places[1],
         scale,
         query.stride(0),
         patches,

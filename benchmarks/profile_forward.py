@@ -10,7 +10,7 @@ import argparse
 from collections import defaultdict
 
 import torch
-from throughput import GEOMETRIES, Candidates, fill, make_models, mixes
+from throughput import GEOMETRIES, Candidates, fill, make_models, mixes, parse_args
 
 
 # The first class with a part of the kernel's name has it.
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--attn", default="sdpa")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rows", type=int, default=14)
-    args = parser.parse_args()
-    args.device, args.layers, args.checkpoint, args.train, args.max_padding = "cuda", 24, None, False, 0
-    args.attn, args.best, args.against, args.peers = [args.attn], False, None, []
+    own = vars(parser.parse_args())
+    own |= {"device": "cuda", "layers": 24, "attn": [own["attn"]], "peers": [], "max_padding": 0}
+    args = argparse.Namespace(**vars(parse_args([])) | own)
     with torch.inference_mode():
         models = make_models(args, torch.bfloat16)
         candidates = Candidates(models, fill(mixes()[args.mix], args.patches), args)

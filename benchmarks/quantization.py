@@ -12,7 +12,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from throughput import GEOMETRIES, Candidates, make_models, mixes, seconds, step
+from throughput import GEOMETRIES, Candidates, make_models, mixes, parse_args, seconds, step
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
     parser.add_argument("--mix", choices=mixes(), default="mixed")
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    args.attn, args.compile, args.train, args.max_padding = ["sdpa"], False, False, 0
+    own = {**vars(parser.parse_args()), "peers": [], "max_padding": 0}
+    args = argparse.Namespace(**vars(parse_args([])) | own)
     with torch.inference_mode():
         models = make_models(args, torch.float32)
         plain = Candidates(models, mixes()[args.mix], args)

@@ -11,7 +11,8 @@ repetitions of all candidates interleaved, ratios per repetition, medians of tho
 On a GPU `--best` measures the peers as fast as they get, too: with compiled blocks, and timm's of one size in a CUDA
 graph of this one batch, whose inputs need not even be copied; the others' cannot be captured. The limit is the
 layers' products, query, key and value merged and gate and up merged, and the fastest attention kernel for these images,
-with nothing between them.
+with nothing between them. There, a turn of a candidate is a call that is not timed, one that is waited for (`seconds`),
+and ten one after the other that are waited for together (`stream_seconds`, of each).
 
 Writes one JSON file and one PNG plot per run to `--output`.
 """
@@ -44,6 +45,9 @@ Grid = tuple[int, int]
 Forward = Callable[[], Iterator]
 
 PEERS = ["looped", "grouped", "padded", "naflex", "timm"]
+
+# Of one turn on a GPU.
+STREAM_CALLS = 10
 
 PRODUCTS = ("products by mm", "products by oneDNN")
 
@@ -95,7 +99,7 @@ def make_models(args: argparse.Namespace, dtype: torch.dtype):
             intermediate_size=intermediate_size,
             num_attention_heads=heads,
             num_hidden_layers=args.layers,
-            is_native=True,
+            is_native=args.positions == "native",
             use_head=False,
         )
         with torch.device(args.device):
@@ -303,6 +307,15 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def repeat(run: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        run()
+
+
+def ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(above / below for above, below in zip(numerators, denominators, strict=True))
+
+
 def step(forward: Forward, train: bool) -> Callable[[], None]:
     """Runs all of a forward, and in training the backward pass of each output as soon as it is there."""
 
@@ -383,10 +396,10 @@ def attention_kernels(candidates: Candidates, packed) -> dict[str, Callable[[], 
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=candidates.patches.device)
     package = type(packed).__module__.rpartition(".")[0]
     own = sys.modules[f"{package}.triton_kernels_aimv2_packing"]
-    bounds = own.segment_bounds(cu_seqlens, total)
+    places = own.patch_places(cu_seqlens, cu_seqlens.new_ones(2, segments), total)
     kernels = {
         "varlen": lambda: varlen_attn(*states, cu_seqlens, cu_seqlens, longest, longest),
-        "own": lambda: own.segment_attention(*states, bounds),
+        "own": lambda: own.segment_attention(*states, places),
     }
     if segments * longest == total:
         dense = [x.unflatten(0, (segments, longest)).transpose(1, 2) for x in states]
@@ -477,14 +490,19 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
         for _ in range(5 if args.device.startswith("cuda") else 1):
             run()  # warms up, compiles, captures
     times: dict[str, list[float]] = {candidate: [] for candidate in runs}
+    streams: dict[str, list[float]] = {candidate: [] for candidate in runs}
     for _ in range(args.repeats):
         for candidate, run in runs.items():
+            if args.device.startswith("cuda"):
+                run()  # so that no candidate starts from what another has left behind
+                streams[candidate].append(seconds(partial(repeat, run, STREAM_CALLS), args.device) / STREAM_CALLS)
             times[candidate].append(seconds(run, args.device))
     flops, total = model_flops(packed, grids) * (3 if args.train else 1), len(candidates.patches)
     difference = candidates.largest_difference()
     result: dict = {"mix": name, "images": len(grids), "patches": total, "candidates": {}, "attention": kernels}
     if limited:
         result["limit"] = statistics.median(times["limit"])
+        result["stream_limit"] = statistics.median(streams["limit"])
     for candidate in candidates.forwards:
         median = statistics.median(times[candidate])
         row: dict = {
@@ -493,26 +511,19 @@ def measure_mix(name: str, grids: list[Grid], models, args: argparse.Namespace, 
             "peak_bytes": peak_memory(runs[candidate], args.device),
             "flops_utilisation": flops / median / rate,
         }
+        peers = [peer for peer in candidates.forwards if not peer.startswith("packed")]
+        if streams[candidate]:
+            row["stream_seconds"] = statistics.median(streams[candidate])
         if candidate.startswith("packed"):
             row["max_difference_to_loop"] = difference[candidate]
-            row["speedup_over"] = {
-                peer: statistics.median(
-                    theirs / ours for theirs, ours in zip(times[peer], times[candidate], strict=True)
-                )
-                for peer in candidates.forwards
-                if not peer.startswith("packed")
-            }
+            row["speedup_over"] = {peer: ratio(times[peer], times[candidate]) for peer in peers}
+            if streams[candidate]:
+                row["stream_speedup_over"] = {peer: ratio(streams[peer], streams[candidate]) for peer in peers}
             if limited:
-                row["limit_share"] = statistics.median(
-                    bare / ours for bare, ours in zip(times["limit"], times[candidate], strict=True)
-                )
+                row["limit_share"] = ratio(times["limit"], times[candidate])
+                row["stream_limit_share"] = ratio(streams["limit"], streams[candidate])
             if shared:
-                row["matrix_product_share"] = {
-                    library: statistics.median(
-                        bare / ours for bare, ours in zip(times[library], times[candidate], strict=True)
-                    )
-                    for library in PRODUCTS
-                }
+                row["matrix_product_share"] = {library: ratio(times[library], times[candidate]) for library in PRODUCTS}
         result["candidates"][candidate] = row
     return result
 
@@ -553,8 +564,13 @@ def print_results(results: dict) -> None:
                 line += f", {row['flops_utilisation']:.0%} of the rate"
                 if "speedup_over" in row:
                     line += "; " + ", ".join(f"{peer} x{ratio:.2f}" for peer, ratio in row["speedup_over"].items())
+                if "stream_seconds" in row:
+                    line += f"; in a stream {row['stream_seconds'] * 1e3:.2f} ms"
+                if "stream_speedup_over" in row:
+                    ratios = row["stream_speedup_over"].items()
+                    line += ": " + ", ".join(f"{peer} x{ratio:.2f}" for peer, ratio in ratios)
                 if "limit_share" in row:
-                    line += f"; {row['limit_share']:.3f} of the limit"
+                    line += f"; {row['limit_share']:.3f} of the limit, {row['stream_limit_share']:.3f} in a stream"
                 if "matrix_product_share" in row:
                     shares = row["matrix_product_share"].items()
                     line += "; share of " + ", ".join(f"{library} {share:.3f}" for library, share in shares)
@@ -600,7 +616,7 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
@@ -611,6 +627,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--against", type=Path, help="also measure the packed model of this other checkout")
     parser.add_argument("--train", action="store_true", help="measure forward and backward")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="large")
+    parser.add_argument("--positions", choices=["native", "learned"], default="native")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
     parser.add_argument("--mixes", nargs="+", choices=mixes(), default=list(mixes())[:6])
@@ -619,7 +636,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--growth", nargs="*", type=int, default=[4, 8, 32, 128, 256], help="numbers of images")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=REPO / "build" / "throughput")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

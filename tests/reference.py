@@ -24,7 +24,7 @@ def hub_module(name: str) -> ModuleType:
     return sys.modules[f"{Aimv2PackingModel.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
 
 
-packed_layout = hub_module("layout").packed_layout
+packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
 
 # Head size 32, two heads, two layers; otherwise as the released models.
 TINY = {

@@ -14,6 +14,7 @@ from reference import (
     random_images,
     random_mixes,
     reference_model,
+    with_positions,
 )
 
 
@@ -62,8 +63,9 @@ MODELS = {"native": {"use_head": True}, "learned": {"use_head": True, "is_native
 
 def computed_ahead(packed, grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of a layout, as transformers' exporters would give them."""
-    layout = packed_layout(grid_thw, packed.config)._asdict()
-    return {name: value for name, value in layout.items() if isinstance(value, torch.Tensor)}
+    layout = with_positions(packed_layout(grid_thw, packed.config), packed.config)._asdict()
+    names = ("cu_seqlens", "position_ids", "interp_indices", "interp_weights")
+    return {name: layout[name] for name in names if layout[name] is not None}
 
 
 class Explicit(torch.nn.Module):
@@ -125,7 +127,7 @@ def test_the_model_exports_for_one_mixed_layout(name):
     """The layout is part of the exported program: batches of the same grids run through it."""
     packed = packing_model(reference_model(**MODELS[name]))
     inputs = pack(random_images(ODD_GRIDS))
-    layout = packed_layout(inputs["grid_thw"], packed.config)
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
 
     class OfOneLayout(torch.nn.Module):
         def __init__(self):

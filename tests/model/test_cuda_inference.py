@@ -19,6 +19,7 @@ from reference import (
     random_images,
     random_mixes,
     reference_model,
+    with_positions,
 )
 
 
@@ -89,7 +90,7 @@ def test_patches_on_a_cpu_are_refused():
     packed = packing_model(reference_model())
     inputs = pack(random_images(ODD_GRIDS))
     layout = packed_layout(inputs["grid_thw"], packed.config)
-    assert cuda_inference.refusal(packed, inputs["hidden_states"], layout) == "the patches are on cpu"
+    assert cuda_inference.refusal(packed, inputs["hidden_states"], layout, None) == "the patches are on cpu"
 
 
 def test_padded_sizes_recur_and_cost_little():
@@ -134,9 +135,16 @@ def test_products_and_what_lies_between_them_are_the_models(monkeypatch, patch_l
         return torch.cat([F.scaled_dot_product_attention(*segment) for segment in segments], dim=1).transpose(0, 1)
 
     with torch.inference_mode():
-        ours = engine.forward(buffers, cuda_inference.position_tensors(layout), 0, attend)
+        embeddings, full = packed.embeddings, with_positions(layout, packed.config)
+        positions = embeddings.native_positions if packed.config.is_native else embeddings.learned_positions
+        ours = engine.forward(buffers, positions(full), attend)
         expected = packed(**inputs).last_hidden_state
     assert (ours - expected).abs().max() < 1e-5
+
+
+def are_current(weights, packed) -> bool:
+    below = list(packed.modules())[1:]
+    return weights.are_those_of(below, cuda_inference.parameters_of(below))
 
 
 def test_merged_weights_follow_the_models_own():
@@ -154,7 +162,7 @@ def test_merged_weights_follow_the_models_own():
     assert torch.equal(merged(), expected())
     with torch.no_grad():
         attention.k_proj.weight.mul_(2)
-    assert weights.are_current() and weights.have_changed()
+    assert are_current(weights, packed) and weights.have_changed()
     weights.refresh()
     assert torch.equal(merged(), expected()) and not weights.have_changed()
     assert list(packed.state_dict()) == keys
@@ -174,9 +182,9 @@ def test_merged_weights_follow_the_models_own():
 def test_weights_moved_or_replaced_are_noticed(change):
     packed = packing_model(reference_model())
     weights = cuda_inference.Weights(packed, merge=True)
-    assert weights.are_current()
+    assert are_current(weights, packed)
     change(packed)
-    assert not weights.are_current()
+    assert not are_current(weights, packed)
 
 
 # Kernels
@@ -220,12 +228,12 @@ def test_attention_stays_inside_a_segment(segments, padding):
     # Empty segments at the end, as a graph has them.
     ends = torch.tensor([0, *lengths, 0, 0]).cumsum(0)
     patches, qkv = sum(lengths), torch.randn(sum(lengths), 3, 2, 32, device=DEVICE).half()
-    bounds = kernels.segment_bounds(ends.to(DEVICE, torch.int32), patches)
+    frame_sizes = torch.ones(2, len(ends) - 1, dtype=torch.int32, device=DEVICE)
+    places = kernels.patch_places(ends.to(DEVICE, torch.int32), frame_sizes, patches)
     own = torch.tensor(lengths)
-    assert torch.equal(
-        bounds.cpu().long(), torch.stack([ends[: len(own)], ends[1 : len(own) + 1]]).repeat_interleave(own, 1)
-    )
-    ours = kernels.segment_attention(*qkv.unbind(1), bounds)
+    bounds = torch.stack([ends[: len(own)], ends[1 : len(own) + 1]]).repeat_interleave(own, 1)
+    assert torch.equal(places[:2].cpu().long(), bounds)
+    ours = kernels.segment_attention(*qkv.unbind(1), places)
     parts = zip(*(x.double().transpose(0, 1).split(lengths, dim=1) for x in qkv.unbind(1)), strict=True)
     exact = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=1).transpose(0, 1)
     assert (ours - exact).norm() < 1e-3 * exact.norm()
@@ -233,7 +241,35 @@ def test_attention_stays_inside_a_segment(segments, padding):
     poisoned = len(lengths) // 2
     stranger = torch.arange(len(lengths)).repeat_interleave(own).to(DEVICE) == poisoned
     qkv[stranger] = float("nan")
-    assert torch.equal(kernels.segment_attention(*qkv.unbind(1), bounds)[~stranger], ours[~stranger])
+    assert torch.equal(kernels.segment_attention(*qkv.unbind(1), places)[~stranger], ours[~stranger])
+
+
+@needs_kernels
+@pytest.mark.parametrize("merge_temporal", [False, True])
+def test_places_and_positions_are_those_of_the_plain_model(merge_temporal):
+    """With segments of padding behind, whose frames are of stale sizes."""
+    grid_thw = torch.tensor([(1, h, w) for h, w in ODD_GRIDS] + [(3, 2, 5), (2, 5, 3), (1, 16, 16), (1, 40, 7)])
+    for kind in ({"is_native": True}, {"is_native": False, "image_size": 224}):
+        packed = packing_model(reference_model(**kind), merge_temporal=merge_temporal).to(DEVICE)
+        layout = packed_layout(grid_thw, packed.config)
+        full = with_positions(layout, packed.config)
+        own = int(layout.cu_seqlens[-1])
+        patches = own + 9
+        cu_seqlens = F.pad(layout.cu_seqlens, (0, 2), value=patches).to(DEVICE)
+        places = kernels.patch_places(cu_seqlens, F.pad(layout.frame_sizes, (0, 2), value=7).to(DEVICE), patches)
+        full = full._replace(
+            **{name: value.to(DEVICE) for name, value in full._asdict().items() if isinstance(value, torch.Tensor)}
+        )
+        with torch.no_grad():
+            if packed.config.is_native:
+                assert torch.equal(places[2:4, :own].T.long(), full.position_ids)
+                table = hub_module("layout").sincos(torch.arange(64, device=DEVICE), packed.config.hidden_size // 4)
+                ours = kernels.native_positions(places, table.float())
+                assert torch.equal(ours[:own], packed.embeddings.native_positions(full))
+            else:
+                ours = kernels.learned_positions(places, packed.embeddings.position_embedding.weight)
+                assert (ours[:own] - packed.embeddings.learned_positions(full)).abs().max() < 1e-6
+            assert ours.isfinite().all()
 
 
 # On a GPU

@@ -12,6 +12,7 @@ from reference import (
     packing_model,
     random_images,
     reference_model,
+    with_positions,
 )
 from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -126,21 +127,31 @@ def test_a_layout_computed_ahead_gives_the_same(is_native):
         theirs |= dict(zip(names, values, strict=True))
     with torch.inference_mode():
         expected = model(**inputs)
-        for given in (packed_layout(grid_thw, model.config)._asdict(), theirs):
+        layout = packed_layout(grid_thw, model.config)
+        for given in (layout._asdict(), with_positions(layout, model.config)._asdict(), theirs):
             ours = model(inputs["hidden_states"], **given)
             assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
             assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
 
 
 def test_layout_by_hand():
-    layout = packed_layout(torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]]), Aimv2PackingConfig(is_native=True))
+    grid_thw = torch.tensor([[1, 1, 2], [2, 2, 1], [1, 3, 1]])
+    layout = packed_layout(grid_thw, Aimv2PackingConfig(is_native=True))
+    assert layout.grids == ((1, 1, 2), (2, 2, 1), (1, 3, 1))
+    assert layout.frame_sizes.dtype == torch.int32
+    assert layout.frame_sizes.tolist() == [[1, 2, 2, 3], [2, 1, 1, 1]]
+    merged = packed_layout(grid_thw, Aimv2PackingConfig(is_native=True, merge_temporal=True))
+    assert merged.lengths == (2, 4, 3)
+    assert merged.frame_sizes.tolist() == [[1, 2, 3], [2, 1, 1]]
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.cu_seqlens.tolist() == [0, 2, 4, 6, 9]
     assert layout.max_seqlen == 3
     assert layout.runs == ((3, 2), (1, 3))
     assert layout.lengths == (2, 2, 2, 3)
     assert layout.num_positions == 3
-    assert layout.position_ids.tolist() == [
+    positions = [with_positions(own, Aimv2PackingConfig(is_native=True)).position_ids for own in (layout, merged)]
+    assert torch.equal(*positions)
+    assert positions[0].tolist() == [
         [0, 0], [0, 1],
         [0, 0], [1, 0], [0, 0], [1, 0],
         [0, 0], [1, 0], [2, 0],

@@ -14,6 +14,7 @@ from reference import (
     patchify,
     random_images,
     reference_model,
+    with_positions,
 )
 
 
@@ -152,7 +153,7 @@ def test_learned_positions_are_interpolated_like_torch(grid):
     """Exact at the native grid; elsewhere what `F.interpolate` makes of the learned table."""
     reference = reference_model(is_native=False)
     packed = packing_model(reference)
-    layout = packed_layout(torch.tensor([(2, *grid)]), packed.config)
+    layout = with_positions(packed_layout(torch.tensor([(2, *grid)]), packed.config), packed.config)
     learned = reference.embeddings.position_embedding.weight.detach()
     with torch.inference_mode():
         ours = packed.embeddings.learned_positions(layout)
