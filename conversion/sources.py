@@ -135,11 +135,11 @@ def require_converted(source: str, revision: str | None = None) -> str | None:
 
 def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     """
-    The folder with the files of a Hub repo that fit the patterns, whose name is the commit. Where the Hub gives no
-    answer, or none that says that there is no such repo, what an earlier download left is taken.
+    The folder with those files of a Hub repo that fit the patterns. The folder's name is the commit. Where the Hub is
+    out of reach or out of order, it is that of an earlier download.
 
     Raises:
-        ValueError: the Hub cannot give it.
+        ValueError: there is no such repo or revision, or neither the Hub nor an earlier download has the files.
     """
     with hub_errors(repo_id, revision):
         try:
