@@ -26,7 +26,7 @@ try:
     from conversion.hub_upload import push_to_hub
     from conversion.model_card import describe, summary
     from conversion.model_repo import convert, holds_conversion, is_converted
-    from conversion.sources import download_code, local_path, read_source
+    from conversion.sources import download_files, local_path, read_source
     from conversion.verification import Report, verify
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {Path(__file__).resolve().parent}/requirements.txt")
@@ -65,7 +65,7 @@ def print_code(differences: list[str]) -> None:
 
 def verify_code(source: str, revision: str | None) -> None:
     """Compares the code of a converted repo with this tree's; neither runs it nor downloads weights."""
-    folder = local_path(source, revision) or download_code(source, revision)
+    folder = local_path(source, revision) or download_files(source, revision, ["*.json", "*.py"])
     if not folder.is_dir():
         raise ValueError(f"{source} is no folder of a converted repo.")
     differences = code_differences(folder)

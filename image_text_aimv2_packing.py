@@ -86,7 +86,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         Raises:
             ValueError: the arguments have the wrong shape or dtype, or do not agree.
         """
-        outputs = self.vision_model(hidden_states, grid_thw, **kwargs)
+        outputs = self.vision_model(hidden_states, grid_thw, return_dict=True, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
@@ -112,7 +112,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         Raises:
             ValueError: the tokens have the wrong shape or dtype, or are too many; the mask has another shape.
         """
-        outputs = self.text_model(input_ids, self._text_mask(input_ids, attention_mask), **kwargs)
+        outputs = self.text_model(input_ids, self._text_mask(input_ids, attention_mask), return_dict=True, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
 
@@ -166,8 +166,8 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             ValueError: the arguments have the wrong shape or dtype, or do not agree.
         """
         text_mask = self._text_mask(input_ids, attention_mask)
-        vision_outputs = self.vision_model(hidden_states, grid_thw, **kwargs)
-        text_outputs = self.text_model(input_ids, text_mask, **kwargs)
+        vision_outputs = self.vision_model(hidden_states, grid_thw, return_dict=True, **kwargs)
+        text_outputs = self.text_model(input_ids, text_mask, return_dict=True, **kwargs)
         image_embeds = F.normalize(self.visual_projection(vision_outputs.pooler_output), dim=-1)
         text_embeds = F.normalize(self.text_projection(text_outputs.pooler_output), dim=-1)
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from .checkpoint_formats import Encoder, find_encoder
-from .code_files import CODE_FILES
+from .code_files import CODE_FILES, REPO
 from .image_text import ImageText, find_image_text
 from .safetensors_files import choose_weights, find_weights, read_checkpoint, read_json, read_weight_map, safe_path
 
@@ -81,17 +81,17 @@ def read_source(
     return Source(name, repo_id, folder, config, image_text or vision)
 
 
-def local_path(source: str, revision: str | None = None) -> Path | None:
+def local_path(source: str, revision: str | None = None, wanted: str = "a file, a folder") -> Path | None:
     """
     The existing path that `source` is, or `None` where it is a Hub id, `USER/NAME`. The Hub is not asked.
 
     Raises:
-        ValueError: it is neither, or `revision` is given for a path.
+        ValueError: it is neither, and what is `wanted`; or `revision` is given for a path.
     """
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
-            raise ValueError(f"--revision is for sources on the Hub, but {source} is a local path.")
+            raise ValueError(f"{source} is a local path, and --revision is for sources on the Hub.")
         return path
     try:
         validate_repo_id(source)
@@ -99,11 +99,11 @@ def local_path(source: str, revision: str | None = None) -> Path | None:
     except HFValidationError:
         is_id = False
     if not is_id:
-        raise ValueError(f"{source} does not exist: give a file, a folder, or a Hub id of the form USER/NAME.")
+        raise ValueError(f"{source} does not exist: give {wanted}, or a Hub id of the form USER/NAME.")
     return None
 
 
-def require_converted(source: str, revision: str | None = None) -> None:
+def require_converted(source: str, revision: str | None = None) -> str | None:
     """
     Makes sure that a command which loads packed models was given one. Only its `config.json` is read.
 
@@ -111,23 +111,50 @@ def require_converted(source: str, revision: str | None = None) -> None:
         source (`str`): A folder or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
+    Returns:
+        `str` or `None`: its commit on the Hub; of a folder, `None`.
+
     Raises:
         ValueError: there is no such folder or repo, or it is not converted, and how to convert it.
     """
-    folder = local_path(source, revision)
+    converter = f"python {REPO / 'convert_weights.py'}"
+    folder, commit = local_path(source, revision, f"a folder that `{converter} SOURCE FOLDER` has made"), None
     if folder is None:
-        try:
-            with hub_errors(source, revision):
-                config = read_json(Path(hf_hub_download(source, "config.json", revision=revision)))
-        except EntryNotFoundError:
-            config = {}
-    else:
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config.get("model_type") not in CONVERTED_TYPES:
+        folder = download_files(source, revision, ["config.json"])
+        commit = folder.name
+    file = folder / "config.json"
+    model_type = read_json(file).get("model_type") if file.is_file() else None
+    if model_type not in CONVERTED_TYPES:
+        found = f"its model_type is {model_type!r}" if file.is_file() else "it has no config.json"
         raise ValueError(
-            f"{source} is not converted (model_type {config.get('model_type')!r}). If it is an AIMv2 checkpoint, "
-            f"convert it first: python convert_weights.py {source} OUTPUT_DIR"
+            f"{source} is not converted: {found}. If it is an AIMv2 checkpoint, convert it first: {converter} {source} "
+            "OUTPUT_DIR"
         )
+    return commit
+
+
+def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """
+    The folder with those files of a Hub repo that fit the patterns. The folder's name is the commit. Where the Hub is
+    out of reach or out of order, it is that of an earlier download.
+
+    Raises:
+        ValueError: there is no such repo or revision, or neither the Hub nor an earlier download has the files.
+    """
+    with hub_errors(repo_id, revision):
+        try:
+            # One short question, because a download asks an unreachable Hub again and again.
+            HfApi().model_info(repo_id, revision=revision, timeout=10)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled) as error:
+            try:
+                folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise error from None
+        else:
+            folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        return Path(folder)
 
 
 def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
@@ -144,12 +171,6 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
             # A converted repo, whose code is compared and not run.
             wanted.append("*.py")
         return Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted)), str(info.sha)
-
-
-def download_code(repo_id: str, revision: str | None) -> Path:
-    """The folder with the code and configurations of a Hub repo, without its weights."""
-    with hub_errors(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.py"]))
 
 
 @contextmanager
@@ -177,7 +198,8 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise
     except HfHubHTTPError as error:
         said = error.server_message or str(error)
-        raise ValueError(f"The Hub could not give {repo_id}: {' '.join(said.split())}. Try again later.") from error
+        said = " ".join(said.split()).rstrip(".")
+        raise ValueError(f"{repo_id} was refused by the Hub: {said}. Try again later.") from error
 
 
 def unreachable(repo_id: str, error: BaseException) -> ValueError:

@@ -2,34 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model repo of a run: found, checked and loaded with this repo's code."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import HF_MODULES_CACHE
 from transformers.utils.logging import disable_progress_bar
 
+from conversion.sources import download_files, require_converted
 from corpus.settings import Settings
 
 
-MODEL_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
-
-
 def code_folder() -> str:
-    """Where the files called `*_aimv2_packing.py` are. Ray puts them and this package into two folders."""
+    """Where the files called `*_aimv2_packing.py` are. Ray puts them and the packages into different folders."""
     beside = Path(__file__).resolve().parent.parent
     return str(beside if (beside / "modeling_aimv2_packing.py").exists() else Path.cwd())
 
@@ -49,50 +37,12 @@ def model_folder(model: str, revision: str | None) -> tuple[str, str | None]:
     Raises:
         ValueError: there is no such folder or repo, or it is no packed AIMv2 model.
     """
-    if os.path.isdir(model):
-        if revision:
-            raise ValueError(f"`--revision` is for a model on the Hub, and `--model` {model} is a folder.")
-        folder, commit = os.path.abspath(model), None
-    else:
-        folder, commit = hub_folder(model, revision)
-    file = Path(folder, "config.json")
-    if not file.exists():
-        raise ValueError(f"`--model` {model} is no model repo: it has no config.json.")
-    model_type = json.loads(file.read_bytes()).get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"`--model` {model} has model_type {model_type!r}, expected one of {MODEL_TYPES}. Convert it first: "
-            f"python convert_weights.py {model} FOLDER, then --model FOLDER."
-        )
-    return folder, commit
-
-
-def hub_folder(model: str, revision: str | None) -> tuple[str, str]:
     try:
-        validate_repo_id(model)
-    except HFValidationError:
-        raise ValueError(f"`--model` {model} is no folder, and no id of the Hub.") from None
-    reason = ""
-    try:
-        # One short question, because a download asks an unreachable Hub again and again.
-        commit = HfApi().model_info(model, revision=revision, timeout=10).sha
-    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ValueError(
-            f"`--model` {model} is no folder, and the Hub shows no such repo{at} ({type(error).__name__}): check the "
-            "spelling, or log in with `hf auth login`."
-        ) from error
-    except Exception as error:
-        commit, reason = None, type(error).__name__
-    patterns = ["*.json", "*.safetensors"]
-    try:
-        folder = snapshot_download(
-            model, revision=commit or revision, allow_patterns=patterns, local_files_only=commit is None
-        )
-    except LocalEntryNotFoundError as error:
-        reason = reason or type(error.__cause__ or error).__name__
-        raise ValueError(f"`--model` {model} is no folder, and the Hub cannot be reached ({reason}).") from None
-    return folder, commit or os.path.basename(folder)
+        commit = require_converted(model, revision)
+        folder = download_files(model, commit, ["*.json", "*.safetensors"]) if commit else Path(model).expanduser()
+    except ValueError as error:
+        raise ValueError(f"`--model` {error}") from error
+    return os.path.abspath(folder), commit
 
 
 def load_model(folder: str, settings: Settings):

@@ -129,7 +129,8 @@ def started(address: str | None) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as flat:
         for file in Path(code_folder()).glob("*_aimv2_packing.py"):
             shutil.copy(file, flat)
-        runtime_env = {"working_dir": flat, "py_modules": [str(Path(__file__).resolve().parent)]}
+        packages = Path(__file__).resolve().parent.parent
+        runtime_env = {"working_dir": flat, "py_modules": [str(packages / name) for name in ("corpus", "conversion")]}
         cpus: dict[str, Any] = {"address": "local", "num_cpus": max(2, os.cpu_count() or 1), "include_dashboard": False}
         options = {"address": address} if address else cpus
         with quiet():

@@ -24,7 +24,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from loading import REPO, check_converted, load, run  # first: it says what is not installed
+from loading import REPO, load, require_converted, run  # first: it says what is not installed
 
 
 try:
@@ -267,7 +267,7 @@ def main() -> None:
         print(f"{arguments.output} has finished its {arguments.steps} steps: give more --steps, or another --output")
         return
     if arguments.checkpoint:
-        check_converted(arguments.checkpoint)
+        require_converted(arguments.checkpoint)
         bounds = {}
     else:
         # The small model sees small images.

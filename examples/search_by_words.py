@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from loading import PHOTOGRAPHS, REPO, check_converted, run  # first: it says what is not installed
+from loading import PHOTOGRAPHS, REPO, require_converted, run  # first: it says what is not installed
 
 
 # isort: split
@@ -35,7 +35,7 @@ THUMBNAIL, MARGIN, LINE = 160, 8, 18
 def load(checkpoint: str | None):
     """Processor and model of a converted checkpoint; without one, a small model whose random weights say nothing."""
     if checkpoint:
-        check_converted(checkpoint)
+        require_converted(checkpoint)
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
         if not hasattr(model, "get_text_features"):
             raise ValueError(

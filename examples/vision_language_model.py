@@ -9,6 +9,7 @@ tiny Qwen2 with random weights whose tokens are bytes; nothing is downloaded.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class VisionLanguageModel(PreTrainedModel):
 
     def forward(self, hidden_states, grid_thw, input_ids, attention_mask, labels=None):
         embeddings = self.embed(hidden_states, grid_thw, input_ids)
-        return self.language(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels)
+        # No cache: it would keep what gradient checkpointing throws away.
+        return self.language(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, use_cache=False)
 
     @torch.no_grad()
     def generate(self, hidden_states, grid_thw, input_ids, attention_mask, **kwargs) -> torch.Tensor:
@@ -108,6 +110,16 @@ def captions_of(model: VisionLanguageModel, inputs: dict[str, torch.Tensor], num
     return [bytes(token for token in row if token < 256).decode(errors="replace") for row in tokens.tolist()]
 
 
+def check_output(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: the model could not be saved there.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output must be a folder that can be written to, got {folder}.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="converted checkpoint; without it, a small model with random weights")
@@ -116,6 +128,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
     arguments = parser.parse_args()
+    check_output(arguments.output)
     processor, vision = load(arguments.checkpoint)
     # So that from_config and from_pretrained know the tower, whose classes came with the checkpoint.
     AutoConfig.register("aimv2_packing", type(vision.config), exist_ok=True)

@@ -71,6 +71,7 @@ class Hub:
         drop_downloads (`int`): How many downloads of an LFS object to cut off half-way.
         fail_commits (`int`): How many commits to answer with status 500.
         full (`set[str]`): Users who have no storage left.
+        is_down (`bool`): Whether every request is answered with status 503.
     """
 
     def __init__(self) -> None:
@@ -80,6 +81,7 @@ class Hub:
         self.uploads: list[str] = []
         self.drop_uploads = self.drop_downloads = self.fail_commits = 0
         self.full: set[str] = set()
+        self.is_down = False
         handler = type("HubHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -141,6 +143,10 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         # One segment at a time: branch names may hold an escaped slash.
         path, self.query = parts.path, parse_qs(parts.query)
+        if self.hub.is_down:
+            self.close_connection = True
+            self.refuse(503, "Service Unavailable")
+            return
         for method, pattern, action in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command.replace("HEAD", "GET"):

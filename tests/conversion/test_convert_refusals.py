@@ -15,7 +15,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from reference import reference_model
+from reference import REPO, reference_model
 from safetensors.torch import save_file
 
 from conversion.sources import require_converted
@@ -461,8 +461,10 @@ def test_disk_that_fills_up_is_said(source, monkeypatch, capsys):
 
 
 def test_unconverted_checkpoints_are_told_how_to_convert(source):
-    expected = f"{source} is not converted (model_type 'aimv2'). If it is an AIMv2 checkpoint, convert it first: "
-    with pytest.raises(ValueError, match=re.escape(f"{expected}python convert_weights.py {source} OUTPUT_DIR")):
+    expected = f"{source} is not converted: its model_type is 'aimv2'. If it is an AIMv2 checkpoint, convert it first: "
+    with pytest.raises(ValueError, match=re.escape(f"{expected}python {REPO}/convert_weights.py {source} OUTPUT_DIR")):
         require_converted(str(source))
+    with pytest.raises(ValueError, match=f"{source.parent} is not converted: it has no config.json"):
+        require_converted(str(source.parent))
     run(parse_arguments([str(source), str(source.parent / "out")]))
-    require_converted(str(source.parent / "out"))
+    assert require_converted(str(source.parent / "out")) is None

@@ -39,8 +39,24 @@ with pytest.raises(ValueError, match=f"was begun with alice/tiny at commit {firs
     extract("alice/tiny", source, output)
 assert extract("alice/tiny", source, output, revision=first).keys() == {"a.png", "b.png"}
 
-with pytest.raises(ValueError, match="alice/none is no folder, and the Hub shows no such repo"):
+with pytest.raises(ValueError, match="alice/none is no local path, and no repo on the Hub that is open to you"):
     model_folder("alice/none", None)
-with pytest.raises(ValueError, match="no such repo at revision gone"):
+with pytest.raises(ValueError, match="alice/tiny on the Hub has no branch, tag or commit 'gone'"):
     model_folder("alice/tiny", "gone")
+
+# Its weights would be gigabytes.
+hub.add_repo("alice/original", {**files, "config.json": b'{"model_type": "aimv2_vision_model"}'})
+with pytest.raises(ValueError, match="alice/original is not converted"):
+    model_folder("alice/original", None)
+assert not list(Path(os.environ["HF_HOME"]).rglob("models--alice--original/**/*.safetensors"))
+
+# What is there already does not need the Hub.
+newest = model_folder("alice/tiny", None)
+hub.is_down = True
+assert model_folder("alice/tiny", None) == newest
+with pytest.raises(ValueError, match=r"alice/none was refused by the Hub: .*Service Unavailable.* Try again later"):
+    model_folder("alice/none", None)
 hub.close()
+assert model_folder("alice/tiny", None) == newest
+with pytest.raises(ValueError, match=f"Hub at {hub.url} cannot be reached .* Check the connection, or give the path"):
+    model_folder("alice/none", None)

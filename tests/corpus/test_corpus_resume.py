@@ -229,14 +229,16 @@ def test_what_cannot_work_is_refused_before_anything_starts(head_repo: Path, tmp
         extract(head_repo, source, output, patches_per_batch=4095)
     with pytest.raises(ValueError, match="`--device` nonsense is not there"):
         extract(head_repo, source, output, device="nonsense")
-    with pytest.raises(ValueError, match=r"\./none is no folder, and no id of the Hub"):
+    with pytest.raises(ValueError, match=r"`--model` \./none does not exist: give a folder that .* or a Hub id"):
         extract("./none", source, output)
-    with pytest.raises(ValueError, match="alice/none is no folder, and the Hub cannot be reached"):
+    with pytest.raises(
+        ValueError, match=r"alice/none is .* the Hub .* cannot be reached .* Check the connection, or give"
+    ):
         extract("alice/none", source, output)
-    with pytest.raises(ValueError, match="`--revision` is for a model on the Hub"):
+    with pytest.raises(ValueError, match="--revision is for sources on the Hub"):
         extract(head_repo, source, output, revision="main")
     (plain / "config.json").write_text('{"model_type": "aimv2_vision_model"}')
-    with pytest.raises(ValueError, match=r"Convert it first: python convert_weights\.py"):
+    with pytest.raises(ValueError, match=r"convert it first: python .*convert_weights\.py"):
         extract(plain, source, output)
     with pytest.raises(ValueError, match="cannot be opened: Protocol not known: nothing"):
         extract(head_repo, source, "nothing://there")

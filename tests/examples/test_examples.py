@@ -234,10 +234,10 @@ def unconverted(folder: Path) -> str:
 def test_a_wrong_checkpoint_is_one_line(run, tmp_path, command):
     (tmp_path / "empty").mkdir()
     for checkpoint, message in [
-        ("nosuch", "No such folder: nosuch"),
-        ("empty/nosuch", "No such folder: empty/nosuch"),
+        ("nosuch", "nosuch does not exist: give a folder that"),
+        ("empty/nosuch", "empty/nosuch is no local path, and the Hub"),
         ("empty", "config.json"),
-        ("somebody/model", "somebody/model is no folder, and the Hub"),
+        ("somebody/model", "somebody/model is no local path, and the Hub"),
         (unconverted(tmp_path / "original"), "convert_weights.py"),
     ]:
         status, printed, _ = run(*command, "--checkpoint", checkpoint)
@@ -268,6 +268,14 @@ def test_a_wrong_argument_is_one_line(run, tmp_path, command, message):
     status, _, errors = run(*command)
     assert message in (errors.splitlines()[-1] if status == 2 else str(status))
     assert not list(tmp_path.iterdir()), "nothing may be written"
+
+
+@pytest.mark.parametrize("place", ["", "deep/er"])
+def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(run, tmp_path, place):
+    (tmp_path / "taken").write_text("mine")
+    status, printed, _ = run("vision_language_model", "--output", Path("taken", place))
+    assert status == f"error: --output must be a folder that can be written to, got {Path('taken', place)}."
+    assert not printed and [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_missing_scikit_learn_names_the_line_that_installs_it(run, monkeypatch):

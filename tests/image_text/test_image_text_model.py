@@ -21,6 +21,7 @@ from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel, pack, packing
 from transformers import Aimv2Model, Aimv2VisionConfig, AutoModel, AutoProcessor
 
 
+IMAGE_INPUTS, TEXT_INPUTS = ("hidden_states", "grid_thw"), ("input_ids", "attention_mask")
 ODD_GRIDS = [(1, 1), (1, 9), (9, 1), (3, 3), (3, 3), (2, 6), (13, 11), (4, 4), (6, 2)]
 
 
@@ -75,12 +76,24 @@ def test_image_features_are_the_projected_head():
     assert len(features.last_hidden_state) == len(inputs["hidden_states"])
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @torch.no_grad()
-def test_without_a_mask_a_token_sees_those_before_it():
-    model = image_text_model(reference_image_text_model())
-    texts = tokenised([TEXTS[0]])
-    expected = model.get_text_features(**texts).pooler_output
-    torch.testing.assert_close(model.get_text_features(texts["input_ids"]).pooler_output, expected, rtol=0, atol=0)
+def test_without_a_mask_a_token_sees_those_before_it(attn):
+    reference = reference_image_text_model()
+    model = image_text_model(reference, attn_implementation=attn)
+    input_ids = tokenised([TEXTS[1]])["input_ids"]
+    changed = input_ids.clone()
+    place = changed.shape[1] // 2
+    changed[0, place] = 7
+    first, second = (model.get_text_features(ids).last_hidden_state[0] for ids in (input_ids, changed))
+    torch.testing.assert_close(second[:place], first[:place], rtol=0, atol=1e-6)
+    assert (second[place:] - first[place:]).abs().amax(dim=-1).min() > 1e-3
+    # It drops the causal mask under sdpa, and where it is given no mask.
+    reference.set_attn_implementation("eager")
+    expected = reference.get_text_features(input_ids, torch.ones_like(input_ids))
+    torch.testing.assert_close(first, expected.last_hidden_state[0], rtol=0, atol=1e-5)
+    features = model.get_text_features(input_ids).pooler_output
+    torch.testing.assert_close(features, expected.pooler_output, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -102,6 +115,26 @@ def test_outputs_as_tuples_and_of_all_layers():
     torch.testing.assert_close(model(**inputs, return_dict=False)[0], outputs.logits_per_image)
     features = model.get_image_features(inputs["hidden_states"], inputs["grid_thw"], return_dict=False)
     assert torch.equal(features[1], model.get_image_features(inputs["hidden_states"], inputs["grid_thw"]).pooler_output)
+
+
+@pytest.mark.parametrize("part", ["vision_config", "text_config", None])
+@torch.no_grad()
+def test_a_configuration_may_ask_for_tuples(part):
+    reference = reference_image_text_model()
+    inputs = {**tokenised(), **pack(random_images([(4, 4), (2, 3)]))}
+    texts, images = ({name: inputs[name] for name in names} for names in (TEXT_INPUTS, IMAGE_INPUTS))
+    expected = image_text_model(reference)
+    model = image_text_model(reference)
+    (getattr(model.config, part) if part else model.config).return_dict = False
+    outputs, features, text_features = (
+        model(**inputs),
+        model.get_image_features(**images),
+        model.get_text_features(**texts),
+    )
+    assert [isinstance(output, tuple) for output in (outputs, features, text_features)] == [part is None] * 3
+    assert torch.equal(outputs[0], expected(**inputs).logits_per_image)
+    assert torch.equal(features[1], expected.get_image_features(**images).pooler_output)
+    assert torch.equal(text_features[1], expected.get_text_features(**texts).pooler_output)
 
 
 def test_gradients_are_those_of_transformers():

@@ -80,13 +80,18 @@ NOT_RUN = {
     ("docs/contributing.md", "make bench"): MINUTES,
     ("docs/corpus.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     ("docs/corpus.md", "pip install faiss-cpu"): PACKAGES,
-    ("docs/corpus.md", "python benchmarks/extract_features.py"): MINUTES,
+    ("docs/corpus.md", "python benchmarks/extract_features.py --images 96"): MINUTES,
+    (
+        "docs/corpus.md",
+        "python benchmarks/extract_features.py --images 310 --layers 2 --width 256 --ray-workers 0 --repetitions 5",
+    ): MINUTES,
     ("docs/corpus.md", "python benchmarks/extract_features.py --layers 24"): MINUTES,
     (
         "docs/corpus.md",
         "python extract_features.py --address auto --model REPO --input s3://bucket/parquet "
         "--output s3://bucket/features --dtype bfloat16 --patches-per-batch 65536",
     ): "needs a Ray cluster: tests/corpus runs on Ray",
+    ("docs/image_text.md", 'pip install "sentence-transformers>=6.2"'): PACKAGES,
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
@@ -238,6 +243,10 @@ def without_conversions(folder: Path, names: dict) -> None:
     shutil.rmtree(folder / "aimv2-large-packed")
 
 
+def without_image_text(folder: Path, names: dict) -> None:
+    shutil.rmtree(folder / "aimv2-lit-packed")
+
+
 def check_converting(folder: Path, names: dict) -> None:
     assert json.loads((folder / "report.json").read_text())["passed"]
 
@@ -265,6 +274,7 @@ PREPARE: dict[str, Callable[[Path, dict], None]] = {
     "docs/compatibility.md": prepare_images,
     "docs/converting.md": without_conversions,
     "docs/corpus.md": prepare_corpus,
+    "docs/image_text.md": without_image_text,
     "docs/training.md": prepare_images,
 }
 CHECK: dict[str, Callable[[Path, dict], None]] = {
