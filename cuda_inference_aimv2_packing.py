@@ -25,7 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .layout_aimv2_packing import PackedLayout, sincos
+from .layout_aimv2_packing import MAX_SEGMENTS_PER_CALL, PackedLayout, sincos
 from .triton_kernels_aimv2_packing import (
     TensorDescriptor,
     add_rms_norm,
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 # (module, query, key, value), the last three of shape (patches, heads, head_dim), to the attended values.
 Attention = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-# A kernel's grid holds no more segments than this.
-MAX_SEGMENTS = 65535
 
 # cuDNN's dense kernel for segments of one length beats the engine's own from so many scores on. It builds a plan for
 # each layout, in 60 ms on an H100, so the layout has to have come a few times.
@@ -427,7 +424,7 @@ class Engine:
         if self.has_own_attention:
             return lambda module, *states: segment_attention(*states, places)
 
-        if len(lengths) > MAX_SEGMENTS:
+        if len(lengths) > MAX_SEGMENTS_PER_CALL:
             return self.attention_in_parts(cu_seqlens, places, lengths)
 
         if self.dtype != torch.float32 and self.capability >= (8, 0):
@@ -450,8 +447,8 @@ class Engine:
 
     def attention_in_parts(self, cu_seqlens: torch.Tensor, places: torch.Tensor, lengths: Sequence[int]) -> Attention:
         parts, start = [], 0
-        for first in range(0, len(lengths), MAX_SEGMENTS):
-            own = lengths[first : first + MAX_SEGMENTS]
+        for first in range(0, len(lengths), MAX_SEGMENTS_PER_CALL):
+            own = lengths[first : first + MAX_SEGMENTS_PER_CALL]
             rows = slice(start, start + sum(own))
             cu = cu_seqlens[first : first + len(own) + 1] - start
             parts.append((rows, self.attention(cu, places, max(own))))
@@ -506,7 +503,7 @@ class Engine:
         """Whether all segments are of one length, for which cuDNN's dense kernel is the fastest."""
         return (
             segments * length == patches
-            and segments <= MAX_SEGMENTS
+            and segments <= MAX_SEGMENTS_PER_CALL
             and patches * length >= DENSE_SCORES
             and self.dtype != torch.float32
             and self.capability >= (9, 0)
@@ -668,7 +665,7 @@ class Engine:
                     return output
         buffers = self.new_buffers(len(patches))
         buffers.patches[:, : patches.shape[1]].copy_(patches)
-        lengths = layout.lengths if len(layout.cu_seqlens) > MAX_SEGMENTS + 1 else ()
+        lengths = layout.lengths if len(layout.cu_seqlens) > MAX_SEGMENTS_PER_CALL + 1 else ()
         length = budget.length if self.dense_works else None
         places = patch_places(layout.cu_seqlens, layout.frame_sizes, len(patches))
         attend = self.attention(layout.cu_seqlens, places, layout.max_seqlen, length, lengths)

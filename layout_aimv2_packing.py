@@ -22,6 +22,9 @@ from .configuration_aimv2_packing import Aimv2PackingConfig
 # enough to fill the cores, few enough to bound the memory of the scores.
 MAX_PATCHES_PER_CALL = 4096
 
+# What one dimension of a CUDA grid holds; the attention kernels put a segment in each.
+MAX_SEGMENTS_PER_CALL = 65_535
+
 POSITIONS = ("position_ids", "num_positions", "interp_indices", "interp_weights")
 FRAMES = ("grids", "frame_sizes", "num_positions")
 

@@ -29,6 +29,7 @@ from transformers.vision_utils import get_vision_cu_seqlens
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .inference_aimv2_packing import choose_engine
 from .layout_aimv2_packing import (
+    MAX_SEGMENTS_PER_CALL,
     PackedLayout,
     equal_length_runs,
     resolve_layout,
@@ -38,9 +39,6 @@ from .layout_aimv2_packing import (
     with_positions,
 )
 
-
-# What one dimension of a CUDA grid holds; the attention kernels put a segment in each.
-MAX_SEGMENTS_PER_CALL = 65_535
 
 # Attention
 
