@@ -69,6 +69,7 @@ NOT_RUN = {
     ): GPU,
     ("docs/benchmarks.md", "make bench"): MINUTES,
     ("docs/benchmarks.md", "python benchmarks/throughput.py --against CHECKOUT"): MINUTES,
+    ("docs/kernels.md", "python benchmarks/swiglu.py"): GPU,
     ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
