@@ -134,11 +134,13 @@ class Weights:
         self.modules = list(model.modules())[1:]
         self.parameters = parameters_of(self.modules)
         self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
+        self.dtypes = list(map(attrgetter("dtype"), self.parameters))
         self.copies: list[tuple[torch.Tensor, nn.Parameter]] = []
         self.layers = [self.layer(layer, merge) for layer in model.encoder.layers]
         self.sources = [source for _, source in self.copies]
         self.versions = list(map(attrgetter("_version"), self.sources))
         self.embeddings, self.norm = model.embeddings, model.rms_norm
+        self.norms = [module for module in self.modules if isinstance(module, nn.RMSNorm)]
         self.activations = {type(layer.ffn.act_fn).__name__ for layer in model.encoder.layers}
 
     def layer(self, layer: nn.Module, merge: bool) -> Layer:
@@ -173,6 +175,7 @@ class Weights:
             modules == self.modules
             and len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
+            and list(map(attrgetter("dtype"), parameters)) == self.dtypes
             and self.are_in_place()
         )
 
@@ -541,8 +544,9 @@ class Engine:
         return Budget(size, segments, longest, side, attention)
 
     def key_of(self, budget: Budget) -> tuple:
-        """What a graph depends on: the kernels that were chosen when it was captured are in it for good."""
-        return budget, self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
+        """What a graph depends on: the kernels and numbers it was captured with are in it for good."""
+        precision = self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision
+        return budget, precision, self.config.patch_layout, *map(attrgetter("eps"), self.weights.norms)
 
     def graph_for(self, budget: Budget, at_once: bool = False) -> Graph | None:
         """The graph of this budget, not captured yet if it is new; `None` where the forward runs without."""

@@ -161,8 +161,8 @@ def resolve_layout(
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
     if segments and "grids" in given:
-        validate_frames(given, num_patches)
-        layout = PackedLayout(**segments, **positions | {name: given[name] for name in FRAMES if name in given})
+        frames = validate_frames(given, num_patches)
+        layout = PackedLayout(**segments, **positions | frames)
     elif segments and positions.keys() >= needed:
         layout = PackedLayout(**segments, **positions)
     else:
@@ -314,17 +314,24 @@ def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]
     return {**segments, "runs": runs}
 
 
-def validate_frames(given: dict[str, Any], num_patches: int) -> None:
+def validate_frames(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
     """Checks `grids` and `frame_sizes` computed ahead, by their number: [`packed_layout`] has checked the values."""
-    described = sum(t * h * w for t, h, w in given["grids"])
+    try:
+        described = sum(t * h * w for t, h, w in given["grids"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`grids` must hold (t, h, w) of each image, got {given['grids']!r:.100}.") from error
     if described != num_patches:
         raise ValueError(f"`grids` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    frame_sizes, num_segments = given.get("frame_sizes"), given["cu_seqlens"].shape[0] - 1
-    if frame_sizes is not None and (not is_dense(frame_sizes) or tuple(frame_sizes.shape) != (2, num_segments)):
-        raise ValueError(
-            f"`frame_sizes` must be a tensor of shape (2, {num_segments}), one column per segment, got "
-            f"{kind_of(frame_sizes)}."
-        )
+    frames = {name: given[name] for name in FRAMES if name in given}
+    if "frame_sizes" in frames:
+        sizes, num_segments = frames["frame_sizes"], given["cu_seqlens"].shape[0] - 1
+        if not is_dense(sizes) or sizes.dtype not in INTEGER_DTYPES or tuple(sizes.shape) != (2, num_segments):
+            raise ValueError(
+                f"`frame_sizes` must be a tensor of integers of shape (2, {num_segments}), one column per segment, got "
+                f"{kind_of(sizes)}."
+            )
+        frames["frame_sizes"] = sizes.to(torch.int32).contiguous()
+    return frames
 
 
 def validate_positions(given: dict[str, Any], num_patches: int) -> None:

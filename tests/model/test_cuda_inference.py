@@ -187,6 +187,26 @@ def test_weights_moved_or_replaced_are_noticed(change):
     assert not are_current(weights, packed)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda packed: setattr(packed.encoder.layers[0].rms_norm2, "eps", 1e-3),
+        lambda packed: setattr(packed.config, "patch_layout", "channels_last"),
+        lambda packed: setattr(packed.config, "_attn_implementation", "flash_attention_2"),
+    ],
+    ids=["eps", "patch_layout", "attention"],
+)
+def test_a_graph_is_not_that_of_other_numbers(change):
+    packed = packing_model(reference_model())
+    layout = packed_layout(torch.tensor([(1, 4, 5)]), packed.config)
+    engine = cuda_inference.Engine(packed, cuda_inference.CudaInferenceSettings())
+    engine.has_own_attention = True
+    before = engine.key_of(engine.budget_of(20, layout))
+    assert engine.key_of(engine.budget_of(20, layout)) == before
+    change(packed)
+    assert engine.key_of(engine.budget_of(20, layout)) != before
+
+
 # Kernels
 
 

@@ -70,6 +70,12 @@ def test_too_many_patches_to_count_are_refused():
         ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
         ({"cu_seqlens": torch.tensor([0, 4]), "runs": ((2, 3),)}, "describes 6 patches, but `hidden_states` holds 4"),
         ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 3),)}, "`grids` describes 6 patches"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((2, 2),)}, "`grids` must hold (t, h, w) of each image, got"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 2),), "frame_sizes": torch.tensor([[2, 2]])},
+            "`frame_sizes` must be a tensor of integers of shape (2, 1), one column per segment, got torch.int64",
+        ),
         ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
     ],
 )

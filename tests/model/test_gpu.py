@@ -127,7 +127,7 @@ def test_one_device_synchronisation_with_a_grid_on_the_device():
     assert sum("synchroniz" in str(warning.message) for warning in caught) == 1
 
 
-# With flash-attn-4 4.0.0b36 on an H200 a NaN neighbour changed the features; README, "Attention kernels".
+# With flash-attn-4 4.0.0b36 on an H200 a NaN neighbour changed the features; docs/kernels.md.
 ISOLATED = PATHS[:-1]
 
 
