@@ -23,10 +23,11 @@ try:
 
     from conversion.checkpoint_formats import Encoder
     from conversion.code_files import CODE_FILES, code_differences
+    from conversion.hub_files import download_files, local_path
     from conversion.hub_upload import push_to_hub
     from conversion.model_card import describe, summary
     from conversion.model_repo import convert, holds_conversion, is_converted
-    from conversion.sources import download_files, local_path, read_source
+    from conversion.sources import read_source
     from conversion.verification import Report, verify
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {Path(__file__).resolve().parent}/requirements.txt")

@@ -4,7 +4,8 @@
 The encoder on an NVIDIA GPU in inference: merged products, Triton kernels between them, and CUDA graphs for any mix.
 
 A graph serves every batch that fits its budget: patches padded to a size that recurs, `cu_seqlens` padded with one
-segment of padding and empty ones, `max_seqlen` fixed when it was captured. Larger batches run the same kernels without.
+segment of padding and empty ones, the sizes of frames with them, `max_seqlen` fixed when it was captured. Larger
+batches run the same kernels without.
 """
 
 import gc
@@ -27,6 +28,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .layout_aimv2_packing import MAX_SEGMENTS_PER_CALL, PackedLayout, sincos
 from .triton_kernels_aimv2_packing import (
+    LOW_TILE,
+    TALL_TILE,
     TensorDescriptor,
     add_rms_norm,
     learned_positions,
@@ -274,6 +277,15 @@ class Graph:
         self.output = output
 
 
+class Started(NamedTuple):
+    """A forward on its way, before anyone has looked whether it may be; and the versions of the weights it reads."""
+
+    engine: "Engine"
+    graph: Graph
+    output: torch.Tensor
+    versions: list[int]
+
+
 class Engine:
     """One model's weights, buffers and graphs. `reason` says why it cannot run; `None` where it can."""
 
@@ -358,10 +370,11 @@ class Engine:
             return False
         if any(size % 8 for size in sizes):
             return False
-        row = torch.ones(1, config.hidden_size, dtype=self.dtype, device=self.device)
+        rows = torch.ones(16, config.hidden_size, dtype=self.dtype, device=self.device)
         try:
-            for layer in self.weights.layers[:1]:
-                swiglu(row, layer.gate_up[0].weight, out=row.new_empty(1, config.intermediate_size))
+            weight = rows.new_ones(2 * config.intermediate_size, config.hidden_size)
+            for tile in (TALL_TILE, LOW_TILE):
+                swiglu(rows, weight, out=rows.new_empty(16, config.intermediate_size), tile=tile)
         except Exception as error:  # whatever a compiler raises
             logger.warning("Triton does not compile a product of gate and up here, which runs as two: %s", error)
             return False
@@ -530,10 +543,8 @@ class Engine:
         segments, longest = len(layout.cu_seqlens) - 1, layout.max_seqlen
         side = power_of_two(layout.num_positions, 128) if self.is_native else 0
         attention = self.config._attn_implementation
-        if self.may_be_dense(patches, segments, longest, attention):
-            if self.seen[segments, longest] >= DENSE_AFTER:
-                return Budget(patches, segments, longest, side, attention, length=longest)
-            self.seen[segments, longest] += 1
+        if self.may_be_dense(patches, segments, longest, attention) and self.seen[segments, longest] >= DENSE_AFTER:
+            return Budget(patches, segments, longest, side, attention, length=longest)
         return self.budget_for_any(patches, segments, longest, side, attention)
 
     def budget_for_any(self, patches: int, segments: int, longest: int, side: int, attention: str) -> Budget:
@@ -617,9 +628,9 @@ class Engine:
         self.done.record(stream)
         return output
 
-    def start(self, patches: torch.Tensor, layout: PackedLayout) -> tuple[Graph, torch.Tensor] | None:
+    def start(self, patches: torch.Tensor, layout: PackedLayout) -> Started | None:
         """`encode`, where there is a graph already and no parameter has moved."""
-        if self.reason is not None or not self.admitted or patches.device != self.device:
+        if not self.admitted or patches.device != self.device:
             return None
         with self.lock:
             if not self.weights.are_in_place():
@@ -631,33 +642,39 @@ class Engine:
             self.wait_until_ready(stream)
             self.admitted = False
             output = self.run(graph, patches, layout, stream)
-            return None if output is None else (graph, output)
+            return None if output is None else Started(self, graph, output, self.weights.versions)
 
     def wait_until_ready(self, stream: torch.cuda.Stream) -> None:
         if stream != self.last_stream:
             stream.wait_event(self.ready)
             self.last_stream = stream
 
-    def encode(
-        self, patches: torch.Tensor, layout: PackedLayout, started: tuple[Graph, torch.Tensor] | None
-    ) -> torch.Tensor:
+    def still_holds(self, started: Started) -> bool:
+        """Whether it was computed with the weights as they are: another thread may have refreshed their copies."""
+        return started.versions is self.weights.versions and not self.weights.have_changed()
+
+    def encode(self, patches: torch.Tensor, layout: PackedLayout, started: Started | None) -> torch.Tensor:
         with self.lock:
             self.admitted = True
             self.forwards += 1
-            if started is not None and not self.weights.have_changed():
-                used, output = started
-                if self.graphs.get(self.key_of(used.budget)) is used:
-                    self.touch(used)
-                return output
             if len(self.seen) > 4096:
                 self.seen.clear()
+            segments, longest = len(layout.cu_seqlens) - 1, layout.max_seqlen
+            if self.may_be_dense(len(patches), segments, longest, self.config._attn_implementation):
+                self.seen[segments, longest] += 1
+            if started is not None and self.still_holds(started):
+                if self.graphs.get(self.key_of(started.graph.budget)) is started.graph:
+                    self.touch(started.graph)
+                return started.output
             budget = self.budget_of(len(patches), layout)
+            if budget.length is not None and not self.dense_tried:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.try_dense()
+                budget = self.budget_of(len(patches), layout)
             graph = self.graph_for(budget)
             stream = torch.cuda.current_stream(self.device)
             self.wait_until_ready(stream)
             with torch.inference_mode(False), torch.no_grad():
-                if budget.length is not None and not self.dense_tried:
-                    self.try_dense()
                 self.position_table(budget.side)
                 if self.weights.have_changed():
                     stream.wait_event(self.done)
@@ -716,8 +733,9 @@ def engine_of(model: nn.Module, modules: Any = None) -> Engine:
 
 def has_frames(layout: PackedLayout) -> bool:
     """Whether positions follow from the sizes of the frames."""
-    given = layout.position_ids is not None or layout.interp_indices is not None
-    return layout.frame_sizes is not None and layout.num_positions is not None and not given
+    given = (layout.position_ids, layout.interp_indices, layout.interp_weights)
+    known = layout.frame_sizes is not None and layout.num_positions is not None
+    return known and all(value is None for value in given)
 
 
 def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, modules: Any) -> str | None:
@@ -737,28 +755,22 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout,
     return engine.reason
 
 
-def start(
-    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout
-) -> tuple[Engine, tuple[Graph, torch.Tensor]] | None:
+def start(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> Started | None:
     """
     Starts a forward that is likely to be let in, before anyone has looked whether it may be: the GPU works meanwhile.
     To be handed to `encode`, or dropped. `None` where there is no graph for it, or the forward before was not let in.
     """
     engine = engines.get(model)
-    if engine is None or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+    if engine is None or engine.reason is not None or torch.is_grad_enabled() or not has_frames(layout):
         return None
-    if not has_frames(layout):
+    if torch.cuda.is_current_stream_capturing():
         return None
     with torch.cuda.device(engine.device):
-        started = engine.start(hidden_states, layout)
-    return None if started is None else (engine, started)
+        return engine.start(hidden_states, layout)
 
 
 def encode(
-    model: nn.Module,
-    hidden_states: torch.Tensor,
-    layout: PackedLayout,
-    started: tuple[Engine, tuple[Graph, torch.Tensor]] | None = None,
+    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, started: Started | None = None
 ) -> torch.Tensor:
     """
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
@@ -766,7 +778,7 @@ def encode(
     """
     # Another thread may have released it since it was asked.
     engine = engines.get(model) or engine_of(model)
-    own = started[1] if started is not None and started[0] is engine else None
+    own = started if started is not None and started.engine is engine else None
     with torch.cuda.device(engine.device):
         return engine.encode(hidden_states, layout, own)
 

@@ -8,6 +8,7 @@ Names and order of values are those of transformers' `vision_utils`, so that wha
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ MAX_PATCHES_PER_CALL = 4096
 MAX_SEGMENTS_PER_CALL = 65_535
 
 POSITIONS = ("position_ids", "num_positions", "interp_indices", "interp_weights")
-FRAMES = ("grids", "frame_sizes", "num_positions")
 
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -85,6 +85,13 @@ def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return (*runs, (segments, previous)) if segments else ()
 
 
+def segment_lengths(grids: Sequence[tuple[int, int, int]], config: Aimv2PackingConfig) -> list[int]:
+    """Patches of each frame, or with `merge_temporal` of each image or video."""
+    if config.merge_temporal:
+        return [t * h * w for t, h, w in grids]
+    return [h * w for t, h, w in grids for _ in range(t)]
+
+
 @torch.compiler.disable
 def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches: int | None = None) -> PackedLayout:
     """
@@ -100,11 +107,9 @@ def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patche
         ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
     """
     grid_thw, grids = validate_grid_thw(grid_thw, num_patches)
-    if config.merge_temporal:
-        lengths, frame_sizes = [t * h * w for t, h, w in grids], grid_thw[:, 1:]
-    else:
-        lengths = [h * w for t, h, w in grids for _ in range(t)]
-        frame_sizes = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+    lengths, frame_sizes = segment_lengths(grids, config), grid_thw[:, 1:]
+    if not config.merge_temporal:
+        frame_sizes = frame_sizes.repeat_interleave(grid_thw[:, 0], dim=0)
     return PackedLayout(
         runs=equal_length_runs(lengths),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
@@ -119,13 +124,18 @@ def with_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> PackedLa
     """
     The layout with `position_ids`, or `interp_indices` and `interp_weights`, whichever a model of this configuration
     reads; computed on the CPU from `grids` unless they are there, and on the device of `cu_seqlens`.
+
+    Raises:
+        ValueError: neither they nor `grids` are in the layout.
     """
-    own = layout.position_ids if config.is_native else layout.interp_indices
-    return compute_positions(layout, config) if own is None else layout
+    own = (layout.position_ids,) if config.is_native else (layout.interp_indices, layout.interp_weights)
+    return compute_positions(layout, config) if any(value is None for value in own) else layout
 
 
 @torch.compiler.disable
 def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> PackedLayout:
+    if layout.grids is None:
+        raise ValueError("`grids` must be in a layout whose positions are to be computed, got None.")
     device = layout.cu_seqlens.device
     grid_thw = torch.tensor(layout.grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
     if config.is_native:
@@ -139,9 +149,13 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
     indices, weights = get_vision_interpolation_indices_and_weights(
         F.pad(grid_thw, (0, 0, 0, 1), value=1), config.image_size // config.patch_size, mode="bicubic"
     )
+    computed = {"interp_indices": indices[:-1], "interp_weights": weights[:-1]}
     return layout._replace(
-        interp_indices=indices[:-1].to(device, non_blocking=True),
-        interp_weights=weights[:-1].to(device, non_blocking=True),
+        **{
+            name: value.to(device, non_blocking=True)
+            for name, value in computed.items()
+            if getattr(layout, name) is None
+        }
     )
 
 
@@ -161,14 +175,13 @@ def resolve_layout(
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
     if segments and "grids" in given:
-        frames = validate_frames(given, num_patches)
-        layout = PackedLayout(**segments, **positions | frames)
+        layout = PackedLayout(**segments, **positions | validate_frames(given | segments, num_patches, config))
     elif segments and positions.keys() >= needed:
         layout = PackedLayout(**segments, **positions)
     else:
         layout = packed_layout(grid_thw, config, num_patches)
         if segments or positions:
-            # Segments or positions of the caller's own need not be those of the frames.
+            # The caller's own segments or positions need not be those of the frames.
             layout = layout._replace(**{"frame_sizes": None, "num_positions": None, **segments, **positions})
     # From a device to the CPU the copy has to be waited for.
     moved = {
@@ -314,17 +327,20 @@ def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]
     return {**segments, "runs": runs}
 
 
-def validate_frames(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
-    """Checks `grids` and `frame_sizes` computed ahead, by their number: [`packed_layout`] has checked the values."""
+def validate_frames(given: dict[str, Any], num_patches: int, config: Aimv2PackingConfig) -> dict[str, Any]:
+    """Checks `grids` and `frame_sizes` computed ahead; drops the latter where the segments are not those of frames."""
     try:
-        described = sum(t * h * w for t, h, w in given["grids"])
+        grids = tuple((index(t), index(h), index(w)) for t, h, w in given["grids"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"`grids` must hold (t, h, w) of each image, got {given['grids']!r:.100}.") from error
+    if min(map(min, grids), default=1) < 1:
+        raise ValueError(f"`grids` must hold sizes of at least 1, got {given['grids']!r:.100}.")
+    described = sum(t * h * w for t, h, w in grids)
     if described != num_patches:
         raise ValueError(f"`grids` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    frames = {name: given[name] for name in FRAMES if name in given}
-    if "frame_sizes" in frames:
-        sizes, num_segments = frames["frame_sizes"], given["cu_seqlens"].shape[0] - 1
+    frames: dict[str, Any] = {"grids": grids, "num_positions": max((max(h, w) for _, h, w in grids), default=0)}
+    if "frame_sizes" in given and given["runs"] == equal_length_runs(segment_lengths(grids, config)):
+        sizes, num_segments = given["frame_sizes"], given["cu_seqlens"].shape[0] - 1
         if not is_dense(sizes) or sizes.dtype not in INTEGER_DTYPES or tuple(sizes.shape) != (2, num_segments):
             raise ValueError(
                 f"`frame_sizes` must be a tensor of integers of shape (2, {num_segments}), one column per segment, got "

@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for what lies between an encoder's matrix products: norms, the gate, and attention inside segments."""
+"""Triton kernels of an encoder: positions, norms, gate and up with what joins them, and attention inside segments."""
 
 import math
 from typing import NamedTuple
@@ -126,9 +126,11 @@ if triton is not None:
         tl.store(places + 5 * patches + rows, width, mask=inside)
 
     @triton.jit
-    def native_positions_kernel(places, table, output, patches, half: tl.constexpr, block: tl.constexpr):
+    def native_positions_kernel(places, table, output, patches, positions, half: tl.constexpr, block: tl.constexpr):
         patch = tl.program_id(0)
-        row, column = tl.load(places + 2 * patches + patch), tl.load(places + 3 * patches + patch)
+        # Never outside the table, whatever the places hold.
+        row = tl.minimum(tl.maximum(tl.load(places + 2 * patches + patch), 0), positions - 1)
+        column = tl.minimum(tl.maximum(tl.load(places + 3 * patches + patch), 0), positions - 1)
         at = tl.arange(0, block)
         inside = at < half
         output += patch.to(tl.int64) * 2 * half
@@ -298,7 +300,19 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
 
 
-def swiglu(hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor) -> None:
+def swiglu_tile(patches: int, size: int, processors: int) -> SwigluTile:
+    """The faster tile. Tiles run in waves of one per multiprocessor."""
+    tall, low = (triton.cdiv(tiles(tile, patches, size), processors) for tile in (TALL_TILE, LOW_TILE))
+    return LOW_TILE if LOW_TILE_TIME * low < tall else TALL_TILE
+
+
+def tiles(tile: SwigluTile, patches: int, size: int) -> int:
+    return triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
+
+
+def swiglu(
+    hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor, tile: SwigluTile | None = None
+) -> None:
     """
     `out = silu(hidden_states @ gate.T) * (hidden_states @ up.T)` in one kernel, in half precision: sums in float32, one
     rounding. Each row of `out` depends on its own row of `hidden_states` only, bit for bit.
@@ -307,17 +321,12 @@ def swiglu(hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch
         hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         gate_up_weight (`torch.Tensor` of shape `(2 * size, hidden_size)`): `gate` above `up`; contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
+        tile (`SwigluTile`, *optional*): By default the faster one.
     """
     (patches, hidden_size), size = hidden_states.shape, out.shape[1]
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-
-    def tiles(tile: SwigluTile) -> int:
-        return triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
-
-    # Tiles run in waves of one per multiprocessor.
-    tall, low = (triton.cdiv(tiles(tile), processors) for tile in (TALL_TILE, LOW_TILE))
-    tile = LOW_TILE if LOW_TILE_TIME * low < tall else TALL_TILE
-    swiglu_kernel[(min(tiles(tile), processors),)](
+    tile = tile or swiglu_tile(patches, size, processors)
+    swiglu_kernel[(min(tiles(tile, patches, size), processors),)](
         TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
         TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, tile.columns, tile.hidden]),
         TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
@@ -355,9 +364,11 @@ def native_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
         table (`torch.Tensor` of shape `(positions, half)`): For more positions than any row or column; contiguous.
     """
-    patches, half = places.shape[1], table.shape[1]
+    patches, (positions, half) = places.shape[1], table.shape
     output = table.new_empty(patches, 2 * half)
-    native_positions_kernel[(patches,)](places, table, output, patches, half, triton.next_power_of_2(half), num_warps=2)
+    native_positions_kernel[(patches,)](
+        places, table, output, patches, positions, half, triton.next_power_of_2(half), num_warps=2
+    )
     return output
 
 

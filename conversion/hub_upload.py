@@ -10,8 +10,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
+from .hub_files import CONVERTED_TYPES
 from .safetensors_files import read_json
-from .sources import CONVERTED_TYPES
 
 
 # Of a whole upload; the client itself repeats each request five times.

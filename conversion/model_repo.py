@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig
 from .atomic_folder import atomic_folder, is_empty_folder
 from .checkpoint_formats import Encoder
 from .code_files import CODE_FILES, REPO, code_differences
+from .hub_files import CONVERTED_TYPES
 from .image_text import ImageText
 from .model_card import write_card
 from .safetensors_files import main_dtype, read_json, safe_path, same_tensors, write_checkpoint
 from .sentence_transformers_files import write_sentence_transformers_files
-from .sources import CONVERTED_TYPES, Source, read_source
+from .sources import Source, read_source
 from .tokenizer_files import copy_tokenizer
 from .verification import Report
 

@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.hub import HF_MODULES_CACHE
 from transformers.utils.logging import disable_progress_bar
 
-from conversion.sources import download_files, require_converted
+from conversion.hub_files import download_files, require_converted
 from corpus.settings import Settings
 
 

@@ -21,7 +21,7 @@ try:
     # transformers 5.15 without torchvision exports only a placeholder under the top-level name.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from conversion.sources import require_converted
+    from conversion.hub_files import require_converted
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements.txt")
 

@@ -18,7 +18,7 @@ import torch
 from reference import REPO, reference_model
 from safetensors.torch import save_file
 
-from conversion.sources import require_converted
+from conversion.hub_files import download_files, require_converted
 from convert_weights import main, parse_arguments, run
 
 
@@ -416,6 +416,7 @@ def no_network(monkeypatch) -> None:
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr("conversion.sources.HfApi", refuse)
+    monkeypatch.setattr("conversion.hub_files.HfApi", refuse)
 
 
 @pytest.mark.parametrize("name", ["nosuch", "./a/nosuch", "a/b/nosuch", "~/nosuch", "/nosuch/model", "a/", "no such/x"])
@@ -427,6 +428,28 @@ def test_paths_that_do_not_exist_are_not_sought_on_the_hub(tmp_path, name, monke
             run(parse_arguments(arguments))
     with pytest.raises(ValueError, match=f"^{name} does not exist"):
         require_converted(name)
+
+
+class LoginPage:
+    """What answers where a network wants a login first: a page, which is no JSON."""
+
+    def model_info(self, *arguments, **options):
+        return json.loads("<html>")
+
+
+def test_a_network_that_answers_with_a_page_leaves_what_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("conversion.hub_files.HfApi", LoginPage)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"^user/model is no local path, and the Hub at .* cannot be reached"):
+        download_files("user/model", None, ["*.json"])
+    snapshot = tmp_path / "models--user--model/snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--user--model/refs").mkdir()
+    (tmp_path / "models--user--model/refs/main").write_text("a" * 40)
+    assert download_files("user/model", None, ["*.json"]) == snapshot
+    with pytest.raises(ValueError, match="cannot be reached"):
+        download_files("user/model", None, ["*.json", "*.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -187,6 +187,19 @@ def test_weights_moved_or_replaced_are_noticed(change):
     assert not are_current(weights, packed)
 
 
+def test_what_was_started_before_another_thread_refreshed_the_copies_is_dropped():
+    packed = packing_model(reference_model())
+    engine = cuda_inference.Engine(packed, cuda_inference.CudaInferenceSettings())
+    engine.weights = cuda_inference.Weights(packed, merge=True)
+    started = cuda_inference.Started(engine, None, torch.zeros(1), engine.weights.versions)
+    assert engine.still_holds(started)
+    with torch.no_grad():
+        packed.encoder.layers[0].attention.q_proj.weight.mul_(2)
+    assert not engine.still_holds(started)
+    engine.weights.refresh()
+    assert not engine.still_holds(started)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -7,6 +7,7 @@ import torch
 from reference import (
     ODD_GRIDS,
     Aimv2PackingConfig,
+    hub_module,
     pack,
     packed_layout,
     packing_model,
@@ -72,6 +73,8 @@ def test_too_many_patches_to_count_are_refused():
         ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
         ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 3),)}, "`grids` describes 6 patches"),
         ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((2, 2),)}, "`grids` must hold (t, h, w) of each image, got"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((2.0, 2, 1),)}, "`grids` must hold (t, h, w) of each image"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, -2, -2),)}, "`grids` must hold sizes of at least 1, got"),
         (
             {"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 2),), "frame_sizes": torch.tensor([[2, 2]])},
             "`frame_sizes` must be a tensor of integers of shape (2, 1), one column per segment, got torch.int64",
@@ -138,6 +141,45 @@ def test_a_layout_computed_ahead_gives_the_same(is_native):
             ours = model(inputs["hidden_states"], **given)
             assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
             assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[20], [4, 16]])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_segments_of_ones_own_leave_positions_to_the_frames(is_native, lengths):
+    model = packing_model(reference_model(is_native=is_native))
+    inputs = pack(random_images([(4, 4), (2, 2)]))
+    layout = packed_layout(inputs["grid_thw"], model.config)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    given = layout._asdict() | {"cu_seqlens": cu_seqlens, "runs": None, "max_seqlen": None}
+    with torch.inference_mode():
+        expected = model(**inputs, cu_seqlens=cu_seqlens).last_hidden_state
+        assert torch.equal(model(inputs["hidden_states"], **given).last_hidden_state, expected)
+    resolve_layout = hub_module("layout").resolve_layout
+    given = {name: value for name, value in given.items() if value is not None}
+    assert resolve_layout(None, given, model.config, inputs["hidden_states"]).frame_sizes is None
+    own = resolve_layout(None, layout._asdict(), model.config, inputs["hidden_states"])
+    assert torch.equal(own.frame_sizes, layout.frame_sizes)
+
+
+@pytest.mark.parametrize("name", ["interp_indices", "interp_weights"])
+def test_half_of_the_interpolation_may_be_given(name):
+    model = packing_model(reference_model(is_native=False))
+    inputs = pack(random_images(ODD_GRIDS))
+    layout = packed_layout(inputs["grid_thw"], model.config)
+    full = with_positions(layout, model.config)
+    changed = getattr(full, name).flip(1)
+    with torch.inference_mode():
+        expected = model(inputs["hidden_states"], **full._replace(**{name: changed})._asdict()).last_hidden_state
+        for given in ({"grid_thw": inputs["grid_thw"]}, layout._asdict()):
+            ours = model(inputs["hidden_states"], **{**given, name: changed}).last_hidden_state
+            assert torch.equal(ours, expected)
+
+
+def test_positions_of_no_frames_are_refused():
+    config = Aimv2PackingConfig()
+    layout = packed_layout(torch.tensor([[1, 2, 2]]), config)._replace(grids=None)
+    with pytest.raises(ValueError, match="`grids` must be in a layout"):
+        with_positions(layout, config)
 
 
 def test_layout_by_hand():
