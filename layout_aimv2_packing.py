@@ -282,15 +282,26 @@ def validate_grid_thw(
         )
     grid_thw = grid_thw.detach().cpu()
     grids = tuple(map(tuple, grid_thw.tolist()))
-    if min(map(min, grids), default=1) < 1:
-        index, sizes = next((index, sizes) for index, sizes in enumerate(grids) if min(sizes) < 1)
-        raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {sizes} for image {index}.")
-    described = sum(t * h * w for t, h, w in grids)
-    if num_patches is not None and described != num_patches:
-        raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    described = count_patches("grid_thw", grids, num_patches)
     if described > torch.iinfo(torch.int32).max:
         raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
     return grid_thw.to(torch.int64), grids
+
+
+def count_patches(name: str, grids: Sequence[tuple[int, int, int]], num_patches: int | None) -> int:
+    """
+    The patches of all images.
+
+    Raises:
+        ValueError: a size below 1, or not `num_patches` in all.
+    """
+    if min(map(min, grids), default=1) < 1:
+        image, sizes = next((image, sizes) for image, sizes in enumerate(grids) if min(sizes) < 1)
+        raise ValueError(f"`{name}` must hold sizes of at least 1, got {sizes} for image {image}.")
+    described = sum(t * h * w for t, h, w in grids)
+    if num_patches is not None and described != num_patches:
+        raise ValueError(f"`{name}` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    return described
 
 
 def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
@@ -333,11 +344,7 @@ def validate_frames(given: dict[str, Any], num_patches: int, config: Aimv2Packin
         grids = tuple((index(t), index(h), index(w)) for t, h, w in given["grids"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"`grids` must hold (t, h, w) of each image, got {given['grids']!r:.100}.") from error
-    if min(map(min, grids), default=1) < 1:
-        raise ValueError(f"`grids` must hold sizes of at least 1, got {given['grids']!r:.100}.")
-    described = sum(t * h * w for t, h, w in grids)
-    if described != num_patches:
-        raise ValueError(f"`grids` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    count_patches("grids", grids, num_patches)
     frames: dict[str, Any] = {"grids": grids, "num_positions": max((max(h, w) for _, h, w in grids), default=0)}
     if "frame_sizes" in given and given["runs"] == equal_length_runs(segment_lengths(grids, config)):
         sizes, num_segments = given["frame_sizes"], given["cu_seqlens"].shape[0] - 1

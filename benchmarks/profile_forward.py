@@ -10,7 +10,7 @@ import argparse
 from collections import defaultdict
 
 import torch
-from throughput import GEOMETRIES, Candidates, fill, make_models, mixes, parse_args
+from throughput import GEOMETRIES, Candidates, fill, make_models, mixes, settings
 
 
 # The first class with a part of the kernel's name has it.
@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rows", type=int, default=14)
     own = vars(parser.parse_args())
-    own |= {"device": "cuda", "layers": 24, "attn": [own["attn"]], "peers": [], "max_padding": 0}
-    args = argparse.Namespace(**vars(parse_args([])) | own)
+    args = settings(**own | {"device": "cuda", "layers": 24, "attn": [own["attn"]]})
     with torch.inference_mode():
         models = make_models(args, torch.bfloat16)
         candidates = Candidates(models, fill(mixes()[args.mix], args.patches), args)

@@ -12,7 +12,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from throughput import GEOMETRIES, Candidates, make_models, mixes, parse_args, seconds, step
+from throughput import GEOMETRIES, Candidates, make_models, mixes, seconds, settings, step
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 
@@ -24,8 +24,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="an Aimv2VisionModel checkpoint instead of random weights")
     parser.add_argument("--mix", choices=mixes(), default="mixed")
     parser.add_argument("--repeats", type=int, default=5)
-    own = {**vars(parser.parse_args()), "peers": [], "max_padding": 0}
-    args = argparse.Namespace(**vars(parse_args([])) | own)
+    args = settings(**vars(parser.parse_args()))
     with torch.inference_mode():
         models = make_models(args, torch.float32)
         plain = Candidates(models, mixes()[args.mix], args)

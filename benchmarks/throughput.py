@@ -646,6 +646,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings(**changes) -> argparse.Namespace:
+    """The default arguments with these changes, and without peers."""
+    return argparse.Namespace(**vars(parse_args([])) | {"peers": [], "max_padding": 0} | changes)
+
+
 def main() -> None:
     args = parse_args()
     results: dict = {

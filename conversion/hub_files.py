@@ -95,7 +95,7 @@ def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> P
             HfApi().model_info(repo_id, revision=revision, timeout=10)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise
-        # What is no Hub, such as a network's own login page, answers with anything: JSONDecodeError is a ValueError.
+        # No JSON is what a network's own login page answers with.
         except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled, JSONDecodeError) as error:
             try:
                 folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
