@@ -214,7 +214,7 @@ def test_one_image_equals_its_part_of_a_batch(processor):
         ({"size": {"shortest_edge": 224}}, "`size` is not used"),
         ({"crop_size": 224}, "`crop_size` is not used"),
         ({"merge_size": 0}, "`merge_size` must be a positive int, got 0"),
-        ({"merge_size": 3, "max_patches": 8, "min_patches": 1}, "`max_patches` must be at least `merge_size\\*\\*2`, got 8"),
+        ({"merge_size": 3, "max_patches": 8}, r"`max_patches` must be at least `merge_size\*\*2`, got 8"),
         ({"merge_size": 2, "image_size": 14}, "image_size"),
         ({"max_image_pixels": 0}, "max_image_pixels"),
         ({"temporal_patch_size": 2}, "temporal_patch_size"),
