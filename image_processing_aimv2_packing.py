@@ -9,8 +9,10 @@ import ipaddress
 import math
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
@@ -190,12 +192,23 @@ def is_public(host: str) -> bool:
 
 
 def orientation_of(image: PIL.Image.Image) -> Any:
-    """What EXIF says, or `None` where it says nothing that can be read."""
+    """What EXIF or XMP says, or `None` where they say nothing that can be read."""
     try:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation)
+        said = image.getexif().get(PIL.ExifTags.Base.Orientation)
     except Exception:
         # PIL raises anything on malformed EXIF: SyntaxError, struct.error, AssertionError, ...
-        return None
+        said = None
+    if said is None and isinstance(exif := image.info.get("exif"), bytes):
+        # PIL reads no further than the first malformed field.
+        exif = exif.removeprefix(b"Exif\0\0")
+        order = ">" if exif.startswith(b"MM") else "<"
+        with suppress(struct.error):
+            (start,) = struct.unpack_from(f"{order}I", exif, 4)
+            (count,) = struct.unpack_from(f"{order}H", exif, start)
+            for offset in range(start + 2, start + 2 + 12 * count, 12):
+                tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, offset)
+                said = value if tag == PIL.ExifTags.Base.Orientation else said
+    return said
 
 
 def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
