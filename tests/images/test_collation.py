@@ -57,7 +57,7 @@ def test_numbers_of_patches_of_a_processor_with_other_defaults():
     "options", [{"max_patchs": 4}, {"image_sise": 28}, {"max_patches": 0}, {"size": {"height": 3}}]
 )
 def test_an_argument_that_the_call_refuses_is_refused(processor, options):
-    with pytest.raises(Exception) as refused:  # noqa: B017, PT011
+    with pytest.raises(Exception) as refused:
         processor(noise(28, 28, 3), **options)
     for counted in (
         lambda: processor.get_number_of_image_patches(28, 28, options),

@@ -21,7 +21,10 @@ import PIL.TiffImagePlugin
 import pytest
 import torch
 from huggingface_hub.utils import httpx
+from image_text_checkpoints import clip_tokenizer
+from reference import REPO
 from test_image_processing import BACKENDS, load, noise
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 @pytest.fixture(params=BACKENDS)
@@ -116,18 +119,16 @@ def tiff_of(key: tuple) -> tuple[bytes, np.ndarray | None]:
         expected = samples / most * 255
         expected = 255 - expected if photometric == 0 else expected
         expected = expected if colours == 3 else expected.repeat(3, 2)
+    has_range = sample_format == (1,) and bits < 32
     if extra:
         tags[338] = ("H", list(extra))
     if sample_format != (1,):
         tags[339] = ("H", [sample_format[0]] * len(bits_per_sample))
-        expected = None
-    elif bits == 32:
-        expected = None
     # Alpha is opaque; other extra samples mean nothing.
     for kind in extra or [2] * (len(bits_per_sample) - colours):
         opaque = np.full((*SIDES, 1), most)
         samples = np.concatenate([samples, rng.integers(0, most, opaque.shape) if kind == 0 else opaque], axis=2)
-    return tiff_file(order, tags, packed_samples(samples, bits, order, fill_order)), expected
+    return tiff_file(order, tags, packed_samples(samples, bits, order, fill_order)), expected if has_range else None
 
 
 def test_tiff_of_every_depth_and_photometric(processor):
@@ -445,6 +446,8 @@ def test_redirects_may_not_lead_to_other_addresses_inside(processor, tmp_path, m
 
 def test_urls_can_be_forbidden(processor):
     asked = []
+    name = "processing_aimv2_packing.Aimv2PackingProcessor"
+    with_texts = get_class_from_dynamic_module(name, str(REPO))(processor, clip_tokenizer())
 
     def respond(handler, url):
         asked.append(handler.path)
@@ -460,6 +463,7 @@ def test_urls_can_be_forbidden(processor):
             lambda: careful.open_image(source, allow_urls=False),
             lambda: processor.preprocess_videos([[source]], allow_urls=False),
             lambda: careful.collate([{"image": source}]),
+            lambda: with_texts(images=[source], text=["a cat"], images_kwargs={"allow_urls": False}),
         ]
         for call in calls:
             with pytest.raises(ValueError, match=r"allow_urls.*image\.png"):
@@ -467,3 +471,5 @@ def test_urls_can_be_forbidden(processor):
         assert not asked
         with pytest.raises(httpx.HTTPStatusError, match="404"):
             careful(source, allow_urls=True)
+        with pytest.raises(httpx.HTTPStatusError, match="404"):
+            with_texts(images=[source], text=["a cat"])
