@@ -329,6 +329,14 @@ class PackedBatchesMixin:
     unpack_features = staticmethod(unpack_features)
     merge_patches = staticmethod(merge_patches)
 
+    @property
+    def padding_value(self):
+        # Pipelines read this only to batch, by rules that would cut packed patches up wrongly without a word.
+        raise ValueError(
+            "A pipeline cannot batch packed patches: leave `batch_size` at 1, or call the processor on a list of "
+            "images and the model on the result."
+        )
+
     def collate(
         self,
         examples: list,
@@ -473,6 +481,20 @@ class PackedBatchesMixin:
             if any(value is None or is_list(value) or is_video(value) for value in values):
                 batch[COUNTS] = torch.tensor([len(images_of(value, image_column)) for value in values])
         return {**batch, **{name: torch.cat([one[name] for one in inputs]) for name in self.model_input_names}}
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """
+        Patches of an image of `height` x `width` pixels, without the image: what a batch sampler needs to know. After
+        [`merge_patches`] there are `merge_size**2` times fewer.
+
+        Args:
+            height (`int`), width (`int`): Size of the image in pixels.
+            images_kwargs (`dict`, *optional*): Arguments of the call that differ from this processor's own.
+
+        Raises:
+            ValueError: a size, or an argument, that the call would refuse.
+        """
+        return self.target_size(images_kwargs).num_patches(height, width)
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
