@@ -4,7 +4,7 @@ CHECKPOINT ?=
 TRANSFORMERS = $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
 COMMON_TESTS = build/transformers-$(TRANSFORMERS)/tests
 
-.PHONY: demo test test-common test-torchvision test-matrix style bench
+.PHONY: demo test test-common test-torchvision test-matrix style quality bench
 
 demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
@@ -25,6 +25,10 @@ test-matrix: $(VENV)/installed
 	$(PYTHON) -m tox run
 
 style: $(VENV)/installed
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+quality: $(VENV)/installed
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy .

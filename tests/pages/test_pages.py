@@ -26,7 +26,7 @@ from scaling import make_model_repo
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-PAGES = ["README.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
 # What stands for what in code and commands, in this order.
@@ -73,12 +73,13 @@ NOT_RUN = {
     ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
-    ("docs/contributing.md", "make test"): MAKE,
-    ("docs/contributing.md", "make style"): MAKE,
-    ("docs/contributing.md", "make test-matrix"): PACKAGES,
-    ("docs/contributing.md", "make test-common"): MAKE,
-    ("docs/contributing.md", "make test-torchvision"): PACKAGES,
-    ("docs/contributing.md", "make bench"): MINUTES,
+    ("CONTRIBUTING.md", "make test"): MAKE,
+    ("CONTRIBUTING.md", "make style"): MAKE,
+    ("CONTRIBUTING.md", "make quality"): MAKE,
+    ("CONTRIBUTING.md", "make test-matrix"): PACKAGES,
+    ("CONTRIBUTING.md", "make test-common"): MAKE,
+    ("CONTRIBUTING.md", "make test-torchvision"): PACKAGES,
+    ("CONTRIBUTING.md", "make bench"): MINUTES,
     ("docs/corpus.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     ("docs/corpus.md", "pip install faiss-cpu"): PACKAGES,
     ("docs/corpus.md", "python benchmarks/extract_features.py --images 96"): MINUTES,
