@@ -17,8 +17,9 @@ from image_text_checkpoints import (
     reference_image_text_model,
     save_image_text_repo,
 )
-from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel, pack, packing_model, random_images, reference_model
+from reference import REPO, Aimv2PackingModel, pack, packing_model, random_images, reference_model
 from transformers import Aimv2Model, Aimv2VisionConfig, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 IMAGE_INPUTS, TEXT_INPUTS = ("hidden_states", "grid_thw"), ("input_ids", "attention_mask")
@@ -297,7 +298,8 @@ def test_configuration():
 
 def test_configuration_takes_that_of_a_vision_tower_of_another_repo():
     # Each repo's code is a module of its own, so the class has the same name and is another.
-    vision = Aimv2PackingConfig(hidden_size=64, num_attention_heads=2, patch_layout="channels_last")
+    other_class = get_class_from_dynamic_module("configuration_aimv2_packing.Aimv2PackingConfig", str(REPO))
+    vision = other_class(hidden_size=64, num_attention_heads=2, patch_layout="channels_last")
     own_class = Aimv2PackingImageTextConfig.sub_configs["vision_config"]
     assert type(vision) is not own_class
     config = Aimv2PackingImageTextConfig(vision_config=vision).vision_config

@@ -21,9 +21,8 @@ from hub_server import Hub
 from image_text_checkpoints import clip_tokenizer, reference_image_text_model, save_image_text_repo
 from page import Page, Step
 from PIL import Image
-from reference import REPO, reference_model
+from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
@@ -350,8 +349,5 @@ def test_rows_of_a_table_have_equally_many_cells(name):
 def test_the_page_on_images_names_every_format():
     text = (REPO / "docs" / "images.md").read_text()
     listed = text[text.index("only these formats are opened") :].split(".")[0].upper().replace("JPEG 2000", "JPEG2000")
-    processor_class = get_class_from_dynamic_module(
-        "image_processing_aimv2_packing.Aimv2PackingImageProcessor", str(REPO)
-    )
-    formats = sys.modules[processor_class.__module__].IMAGE_FORMATS
+    formats = hub_module("image_processing").IMAGE_FORMATS
     assert [name for name in formats if name not in listed] == []

@@ -8,19 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel
+from reference import Aimv2PackingConfig, Aimv2PackingModel
 from sdist import common_tests
 from transformers import Aimv2TextConfig, Aimv2TextModel, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.testing_utils import torch_device
+
+from conversion.local_code import local_class
 
 
 ModelTesterMixin = common_tests("test_modeling_common").ModelTesterMixin
 ConfigTester = common_tests("test_configuration_common").ConfigTester
 
-Aimv2PackingImageTextModel = get_class_from_dynamic_module(
-    "image_text_aimv2_packing.Aimv2PackingImageTextModel", str(REPO)
-)
+Aimv2PackingImageTextModel = local_class("image_text_aimv2_packing.Aimv2PackingImageTextModel")
 Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 
 # Each is expected to fail, and fails this run when it passes or is not there.
