@@ -191,21 +191,21 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
             window = carried + order[first : first + IMAGES_PER_WINDOW]
             empty = [index for index in window if not self.num_patches[index]]
             window = [index for index in window if self.num_patches[index]]
-            # Best fit decreasing: the largest image first, each into the fullest batch that still has room for it.
+            # Best fit decreasing: the largest image first, each into the fullest batch that it still fits.
             packed: list[list[int]] = []
-            rooms: list[tuple[int, int]] = []
+            unfilled: list[tuple[int, int]] = []
             for index in sorted(window, key=self.num_patches.__getitem__, reverse=True):
                 length = self.num_patches[index]
-                place = bisect_left(rooms, (length, 0))
-                if place < len(rooms):
-                    room, batch = rooms.pop(place)
+                fullest = bisect_left(unfilled, (length, 0))
+                if fullest < len(unfilled):
+                    left, batch = unfilled.pop(fullest)
                     packed[batch].append(index)
                 else:
-                    room, batch = self.max_patches_per_batch, len(packed)
+                    left, batch = self.max_patches_per_batch, len(packed)
                     packed.append([index])
-                insort(rooms, (room - length, batch))
+                insort(unfilled, (left - length, batch))
             # The emptiest batch is what did not come out even: its images go on into the next window.
-            carried = packed.pop(rooms[-1][1]) if packed else []
+            carried = packed.pop(unfilled[-1][1]) if packed else []
             # They would all fit the fullest batch.
             for position, index in enumerate(empty):
                 if packed:

@@ -63,9 +63,8 @@ UNUSED_KWARGS = {"size", "crop_size", "pad_size", "do_center_crop", "do_pad", "m
 # What its caller decides for a process, and no repo's configuration.
 READING_KWARGS = ("allow_urls", "max_image_pixels")
 
-# What undoes the EXIF orientations 2 to 8.
-TRANSPOSITIONS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
-UPRIGHT = {orientation: PIL.Image.Transpose[name] for orientation, name in enumerate(TRANSPOSITIONS, start=2)}
+# What undoes the EXIF orientations 2 to 8: PIL's numbers of mirroring, turning, turning upside down, and so on.
+UPRIGHT = dict(enumerate(map(PIL.Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 
 def image_formats() -> list[str]:

@@ -23,6 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
+image_formats = get_class_from_dynamic_module("image_processing_aimv2_packing.image_formats", REPO)
+
+
 def image_files(folder: Path) -> list[str]:
     """
     The image files of a folder and its subfolders, in order: what is an image, whatever its name, or is named as one.
@@ -33,19 +36,18 @@ def image_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"No such folder: {folder}")
-    formats = get_class_from_dynamic_module("image_processing_aimv2_packing.image_formats", REPO)()
-    paths = [str(path) for path in sorted(folder.rglob("*")) if path.is_file() and is_image(path, formats)]
+    paths = [str(path) for path in sorted(folder.rglob("*")) if path.is_file() and is_image(path)]
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no image of the formats {', '.join(formats)}")
+        raise FileNotFoundError(f"{folder} holds no image of the formats {', '.join(image_formats())}")
     return paths
 
 
-def is_image(path: Path, formats: list[str]) -> bool:
-    if PIL.Image.registered_extensions().get(path.suffix.lower()) in formats:
+def is_image(path: Path) -> bool:
+    if PIL.Image.registered_extensions().get(path.suffix.lower()) in image_formats():
         return True
     try:
         # Reads the header alone.
-        with PIL.Image.open(path, formats=formats):
+        with PIL.Image.open(path, formats=image_formats()):
             return True
     # Decoders raise anything on what only begins like an image.
     except Exception:
@@ -66,7 +68,7 @@ class ImageFiles(Dataset):
         for path in paths:
             try:
                 # Reads the header alone.
-                with PIL.Image.open(path) as image:
+                with PIL.Image.open(path, formats=image_formats()) as image:
                     height, width = image.height, image.width
                 processor.get_number_of_image_patches(height, width)
             except Exception as error:
