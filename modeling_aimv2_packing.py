@@ -495,8 +495,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: there is no such block, or the arguments of `forward` do not agree.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(num_blocks - n, num_blocks)) if isinstance(n, int) else list(n)
-        if (isinstance(n, int) and n < 1) or not all(-num_blocks <= block < num_blocks for block in blocks):
+        blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
+        if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )
