@@ -40,7 +40,7 @@ def layout(packed, inputs):
     return with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
 
 
-def same(ours: PackedLayout, expected: PackedLayout) -> bool:
+def same(ours, expected) -> bool:
     return type(ours) is type(expected) and all(
         torch.equal(value, getattr(ours, name)) if isinstance(value, torch.Tensor) else value == getattr(ours, name)
         for name, value in vars(expected).items()
