@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
-from conversion.local_code import hub_module, local_class
+from conversion.local_code import hub_module
 
 
 REPO = Path(__file__).resolve().parent.parent
 
-Aimv2PackingModel = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+Aimv2PackingModel = hub_module("modeling").Aimv2PackingModel
+Aimv2PackingAcceleratedModel = hub_module("accelerated").Aimv2PackingAcceleratedModel
 Aimv2PackingConfig = Aimv2PackingModel.config_class
-
 
 packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
 
@@ -79,12 +79,13 @@ def reference_model(dtype: torch.dtype = torch.float32, attn: str = "sdpa", **co
     return random_weights(model).to(dtype)
 
 
-def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", **config):
-    """The packed model with the weights, the geometry and the dtype of `reference`."""
+def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", plain: bool = False, **config):
+    """The packed model with the weights, the geometry and the dtype of `reference`; accelerated unless `plain`."""
     fields = {**reference.config.to_dict(), **config}
     for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
         fields.pop(name, None)
-    model = Aimv2PackingModel(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
+    model_class = Aimv2PackingModel if plain else Aimv2PackingAcceleratedModel
+    model = model_class(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 

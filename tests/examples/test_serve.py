@@ -424,6 +424,6 @@ def listens(port: int) -> bool:
 
 def test_a_checkpoint_that_is_none_ends_the_command_in_one_line(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", "--checkpoint", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="^error: .*none") as ended:
+    with pytest.raises(SystemExit, match=r"^error: .*none") as ended:
         serve.run(serve.main)
     assert "\n" not in str(ended.value)
