@@ -236,7 +236,9 @@ def tensor_parallel(geometry: tuple[int, int, int], device: torch.device, args: 
         one = on_first(in_one_process)
         empty_cache()
         config = DistributedConfig(tp_size=dist.get_world_size())
-        model = Aimv2PackingAcceleratedModel.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=config).eval()
+        model = Aimv2PackingAcceleratedModel.from_pretrained(
+            folder, dtype=torch.bfloat16, distributed_config=config
+        ).eval()
         dist.barrier()
     many, features = measure(model, together=True)
     if one is None:

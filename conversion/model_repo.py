@@ -28,8 +28,10 @@ from .verification import Report
 
 IMAGE_TEXT_CLASSES = {
     "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
-    "AutoModel": "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
-    "AutoModelForZeroShotImageClassification": "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
+    **dict.fromkeys(
+        ("AutoModel", "AutoModelForZeroShotImageClassification"),
+        "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
+    ),
 }
 PROCESSOR = {
     "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},

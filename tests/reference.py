@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
-from conversion.local_code import hub_module
+from conversion.local_code import hub_module, local_class
 
 
 REPO = Path(__file__).resolve().parent.parent
 
-Aimv2PackingModel = hub_module("modeling").Aimv2PackingModel
-Aimv2PackingAcceleratedModel = hub_module("accelerated").Aimv2PackingAcceleratedModel
+Aimv2PackingModel = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+Aimv2PackingAcceleratedModel = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
 Aimv2PackingConfig = Aimv2PackingModel.config_class
+
 
 packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
 
