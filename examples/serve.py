@@ -62,8 +62,10 @@ class Encoder:
         self.model = SentenceTransformer(checkpoint, device=device, trust_remote_code=True, model_kwargs=options).eval()
         self.tokens = (self.model[0].max_seq_length or 0) if "text" in self.model[0].modalities else 0
 
-    def prepare(self, data: bytes, max_pixels: int) -> dict[str, Any]:
+    def prepare(self, data: bytes, max_pixels: int) -> tuple[dict[str, Any], int]:
         """
+        Tensors of an image, and the number of its patches.
+
         Raises:
             HTTPException: the bytes hold no image, or one that is too large or too narrow.
         """
@@ -79,9 +81,11 @@ class Encoder:
         except Exception as error:  # decoders raise anything on a broken file
             raise HTTPException(400, f"This is no image that can be read, of {', '.join(FORMATS)}.") from error
         try:
-            return self.model.preprocess([{"image": image}])
+            features = self.model.preprocess([{"image": image}])
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
+        (sizes,) = (value for name, value in features.items() if "grid_thw" in name)
+        return features, int(sizes.prod())
 
     @torch.inference_mode()
     def __call__(self, samples: list[Sample]) -> list[torch.Tensor]:
@@ -256,8 +260,8 @@ def create_app(encoder: Encoder, name: str, limits: Limits = Limits()) -> FastAP
         elif wanted.messages is not None and wanted.input is None:
             content = image_of(wanted.messages[0].content[0].image_url.url)
             prepare = partial(encoder.prepare, content, limits.pixels)
-            image = await asyncio.get_running_loop().run_in_executor(threads, prepare)
-            samples, costs = [image], [max(len(value) for value in image.values() if isinstance(value, torch.Tensor))]
+            image, patches = await asyncio.get_running_loop().run_in_executor(threads, prepare)
+            samples, costs = [image], [patches]
         else:
             raise HTTPException(400, "A request holds either `input`, of texts, or `messages`, of an image.")
         vectors = await asyncio.gather(*map(batcher.vector, samples, costs))

@@ -305,7 +305,7 @@ def test_what_is_refused_is_told_why(body, status, said, narrow_port):
 
 
 def test_an_image_alone_has_the_vector_that_it_has_among_texts_and_images(serve, encoder):
-    samples = [encoder.prepare(path.read_bytes(), 10**7) for path in PHOTOGRAPHS]
+    samples = [encoder.prepare(path.read_bytes(), 10**7)[0] for path in PHOTOGRAPHS]
     mixed = [samples[0], TEXTS[0], *samples[1:], TEXTS[1]]
     together = encoder(mixed)
     for sample, vector in zip(mixed, together, strict=True):
