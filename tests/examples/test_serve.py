@@ -4,9 +4,11 @@
 
 import asyncio
 import base64
+import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -420,6 +422,12 @@ def test_a_stop_under_load_answers_what_has_arrived(checkpoint):
 def listens(port: int) -> bool:
     with socket.socket() as connection:
         return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_page_has_the_limits(serve):
+    page = (REPO / "docs" / "serving.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", page, re.MULTILINE))
+    assert rows == {field.name: str(field.default) for field in dataclasses.fields(serve.Limits)}
 
 
 def test_a_checkpoint_that_is_none_ends_the_command_in_one_line(serve, tmp_path, monkeypatch):
