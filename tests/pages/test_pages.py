@@ -106,7 +106,7 @@ NOT_RUN = {
     (
         "docs/serving.md",
         "python examples/serve.py --checkpoint aimv2-lit-packed",
-    ): "serves until it is stopped: started below",
+    ): "is started by `start_server`",
     (
         "docs/serving.md",
         "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800",
