@@ -26,6 +26,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Small enough to stay in the processor's cache from reading through checking to writing.
 CHUNK_BYTES = 1 << 20
+# Above the largest tokenizers and indexes.
+MAX_JSON_BYTES = 100 << 20
 
 
 class StoredTensor(NamedTuple):
@@ -85,19 +87,37 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def read_json_value(path: Path) -> Any:
+    """
+    Reads any JSON.
+
+    Raises:
+        ValueError: the file is none, repeats a key, is a pipe or a device, or holds more than `MAX_JSON_BYTES`.
+        OSError: the file cannot be read.
+    """
+    # Before it is opened: a pipe would block.
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path} is no regular file.")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON: refused.")
+    try:
+        return json.loads(content, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} cannot be read as JSON: {reason}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """
     Reads a JSON object.
 
     Raises:
-        ValueError: the file is no JSON object, or repeats a key.
+        ValueError: the file is no JSON object, or repeats a key, or is as [`read_json_value`] says.
         OSError: the file cannot be read.
     """
-    content = path.read_bytes()
-    try:
-        value = json.loads(content, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value
@@ -133,15 +153,14 @@ def safe_path(folder: Path, name: str) -> Path:
     The path of the file `name` of `folder`.
 
     Raises:
-        ValueError: it is no file, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link.
+        ValueError: it is no file, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link other
+            than those of the Hub's cache.
     """
-    root = folder.resolve()
-    if root.parent.name == "snapshots":
-        # A folder of the Hub's cache, whose files are links into the same repo's `blobs`.
-        root = root.parent.parent
+    root, blobs = folder.resolve(), hub_blobs(folder)
     path, parts = folder / name, PurePosixPath(name)
     try:
-        inside, is_file = path.resolve().is_relative_to(root), path.is_file()
+        target, is_file = path.resolve(), path.is_file()
+        inside = target.is_relative_to(root) or (blobs is not None and target.is_relative_to(blobs))
     except (OSError, RuntimeError, ValueError) as error:
         # Links in a circle, and names that are too long or hold characters that no path can.
         raise ValueError(f"{name!r} is no path of a file in {folder}: {error}.") from error
@@ -150,6 +169,13 @@ def safe_path(folder: Path, name: str) -> Path:
     if not is_file:
         raise ValueError(f"{folder} lacks the file {name!r}.")
     return path
+
+
+def hub_blobs(folder: Path) -> Path | None:
+    """Where the links of a folder of the Hub's cache lead, `models--*/snapshots/COMMIT`; `None` for other folders."""
+    snapshots = folder.resolve().parent
+    is_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent / "blobs" if is_cache else None
 
 
 def choose_weights(source: Path | str, names: list[str]) -> str:

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
-from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig
+from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from configuration_aimv2_packing import Aimv2PackingConfig, Aimv2PackingImageTextConfig
 
 from .checkpoint_formats import Encoder
-from .code_files import REPO, code_differences
+from .code_files import REPO
 from .features import (
     original_features,
     original_joint,
@@ -31,7 +31,10 @@ from .features import (
     read_images,
 )
 from .image_text import ImageText
-from .safetensors_files import read_json
+from .repo_contents import changes_code_only, repo_differences
+from .repo_kinds import repo_kind
+from .safetensors_files import main_dtype, read_json
+from .sources import read_source
 
 
 # Largest difference, as a part of the reference's largest value where that is above 1, and smallest cosine between
@@ -115,7 +118,7 @@ class JointComparison:
 class Report:
     """
     Result of [`verify`]; `notes` say what could not be compared, or was compared in another way than asked,
-    `code_differences` how the code differs from this tree's, which is what runs.
+    `code_differences` how the code differs from this tree's, which is what runs, and `code_files` its number of files.
     """
 
     model: str
@@ -126,13 +129,19 @@ class Report:
     min_cosine_bound: float
     identical_weights: bool | None
     code_differences: list[str]
+    code_files: int
     notes: list[str]
     images: list[Comparison]
     joint: list[JointComparison]
 
     @property
     def passed(self) -> bool:
-        return bool(self.images) and all(x.passed for x in self.images) and all(x.passed for x in self.joint)
+        return (
+            not self.code_differences
+            and bool(self.images)
+            and all(x.passed for x in self.images)
+            and all(x.passed for x in self.joint)
+        )
 
     def to_json(self) -> str:
         """Everything as JSON, which knows no NaN: `null` stands for it."""
@@ -193,7 +202,10 @@ def verify(
         ValueError: `config.json` of `folder` is not that of a model, `folder` does not load completely in transformers'
             model, it has another geometry than the reference, or there is nothing to compare.
     """
-    config = read_config(folder)
+    differences = repo_differences(folder)
+    # What another configuration or file would make the libraries read, they do not get to see.
+    stored = None if changes_code_only(differences) else read_source(str(folder)).model
+    config = stored.config if stored else read_config(folder)
     image_text = isinstance(config, Aimv2PackingImageTextConfig)
     vision_config = config.vision_config if image_text else config
     if reference is not None:
@@ -202,17 +214,14 @@ def verify(
     names, inputs = read_images(vision_config, images)
     notes = []
     original_class = Aimv2Model if image_text else Aimv2VisionModel
-    with quiet_loading():
-        original, info = original_class.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+    original, info = load(original_class, folder, stored, dtype)
     if wrong := sorted(map(str, (*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]))):
         raise ValueError(f"{folder} does not load in {original_class.__name__}: {', '.join(wrong[:5])}.")
     dtype = original.dtype
     identical_weights = None
     if reference is not None:
         converted = original.state_dict()
-        weights = {name: tensor.load(dtype) for name, tensor in reference.tensors.items()}
+        weights = loaded_tensors(reference, dtype)
         identical_weights = converted.keys() == weights.keys() and all(
             torch.equal(converted[name], weights[name]) for name in weights
         )
@@ -230,9 +239,8 @@ def verify(
     texts = random_texts(config.text_config) if image_text else {}
     expected_joint = original_joint(original, inputs, texts, vision_config) if image_text else {}
     del original, original_vision
-    with quiet_loading():
-        packed_class = get_class_from_dynamic_module(IMAGE_TEXT_CLASS if image_text else VISION_CLASS, str(REPO))
-        packed = packed_class.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
+    packed_class = get_class_from_dynamic_module(IMAGE_TEXT_CLASS if image_text else VISION_CLASS, str(REPO))
+    packed = load(packed_class, folder, stored, dtype)[0].eval().to(device)
     features = packed_features(packed.vision_model if image_text else packed, inputs)
     joint = packed_joint(packed, inputs, texts) if image_text else {}
 
@@ -271,11 +279,32 @@ def verify(
         max_diff_bound=max_diff_bound,
         min_cosine_bound=min_cosine_bound,
         identical_weights=identical_weights,
-        code_differences=code_differences(folder),
+        code_differences=differences,
+        code_files=len(repo_kind(folder).code_files),
         notes=notes,
         images=comparisons,
         joint=joint_comparisons,
     )
+
+
+def load(
+    model_class: type[PreTrainedModel], folder: Path, stored: Encoder | ImageText | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of `folder`, or of what was found `stored` in it, and transformers' account of its loading."""
+    with quiet_loading():
+        if stored is None:
+            return model_class.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+        dtype = dtype or main_dtype(stored.tensors)
+        weights = loaded_tensors(stored, dtype)
+        return model_class.from_pretrained(
+            None, config=stored.config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+
+
+def loaded_tensors(model: Encoder | ImageText, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.load(dtype) for name, tensor in model.tensors.items()}
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
