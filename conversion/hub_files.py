@@ -87,7 +87,7 @@ def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> P
         try:
             ask_hub(repo_id, revision)
         except HubOutOfReachError as error:
-            folder = cached_folder(repo_id, revision)
+            folder = cached_folder(repo_id, revision, patterns)
             names = [file.name for file in folder.rglob("*")] if folder else []
             if folder is None or not all(any(fnmatch(name, pattern) for name in names) for pattern in patterns):
                 raise error.reason from None
@@ -121,10 +121,10 @@ def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
         raise HubOutOfReachError(error) from error
 
 
-def cached_folder(repo_id: str, revision: str | None) -> Path | None:
-    """The folder of an earlier download, whatever it holds."""
+def cached_folder(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The folder of an earlier download, unless it is known to lack a file that fits the patterns."""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

@@ -7,6 +7,7 @@ library may read a file, or a field of one, that nobody here has heard of.
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,7 @@ TOKENIZER_FIELDS = {
     "add_bos_token": bool,
     "add_eos_token": bool,
     "add_prefix_space": bool,
+    "auto_map": Names((PROCESSOR["auto_map"],)),
     "added_tokens_decoder": {ANY: TOKEN},
     "additional_special_tokens": [TOKEN],
     "backend": Exactly("tokenizers"),
@@ -134,6 +136,7 @@ TOKENIZER_FIELDS = {
     "model_input_names": [WORD],
     "model_max_length": NUMBER,
     "pad_to_multiple_of": (int, Exactly(None)),
+    "processor_class": Exactly(PROCESSOR["processor_class"]),
     "padding_side": re.compile("left|right"),
     "tokenizer_class": WORD,
     "truncation_side": re.compile("left|right"),
@@ -148,6 +151,7 @@ TEXT_FILES = {
 }
 
 
+@cache
 def json_schemas(kind: RepoKind) -> dict[str, Any]:
     """What the JSON files of a repo of this kind may hold, by name."""
     images = kind.image_processor["auto_map"]

@@ -4,6 +4,7 @@
 
 import glob
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .code_files import CODE_FILES
 from .hub_files import HubOutOfReachError, ask_hub, cached_folder, hub_errors, local_path
 from .image_text import ImageText, find_image_text
 from .messages import printable
-from .repo_contents import LICENCE
+from .repo_contents import LICENCE, file_names
 from .safetensors_files import (
     MAX_JSON_BYTES,
     choose_weights,
@@ -85,9 +86,15 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, str]:
         try:
             info = ask_hub(repo_id, revision)
         except HubOutOfReachError as error:
-            folder = cached_folder(repo_id, revision)
+            folder = cached_folder(repo_id, revision, [])
             if folder is None or not holds_weights(folder):
                 raise error.reason from None
+            others = [x for x in file_names(folder) if not x.endswith(".safetensors")]
+            print(
+                f"warning: the Hub is out of reach: {repo_id} is what an earlier download holds, its weights and "
+                f"{', '.join(map(printable, others))}. What is not among them is not taken over.",
+                file=sys.stderr,
+            )
             return folder, folder.name
         # Weights are as large as they are, and no text is.
         texts = [x.rfilename for x in info.siblings or [] if (x.size or 0) <= MAX_JSON_BYTES]
