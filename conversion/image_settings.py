@@ -143,7 +143,7 @@ def not_taken(fields: dict[str, Any], known: Collection[str]) -> list[str]:
     return [
         f"{printable(name)} {shortened(value)} of the source's image processor is not taken over"
         for name, value in fields.items()
-        if name not in known and not any(value is x or value == x for x in off)
+        if name not in known and not any(type(value) is type(x) and value == x for x in off)
     ]
 
 

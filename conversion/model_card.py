@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from .checkpoint_formats import Encoder
+from .checkpoint_formats import RELEASED, Encoder
 from .code_files import origin, sha256
 from .hub_card import sealed
 from .image_text import ImageText
@@ -24,13 +24,6 @@ from .verification import Report
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-# By hidden size, intermediate size and number of layers.
-RELEASED = {
-    (1024, 2816, 24): "Large",
-    (1536, 4096, 24): "Huge",
-    (2048, 5632, 24): "1B",
-    (3072, 8192, 24): "3B",
-}
 
 
 def write_card(

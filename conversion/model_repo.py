@@ -74,7 +74,7 @@ def convert(
             )
         for name in write_checkpoint(folder, model.tensors, dtype, max_shard_size):
             warn(f"{printable(name)} holds NaN or infinite values")
-        for note in write_configs(folder, source, kind, dtype):
+        for note in (*model.notes, *write_configs(folder, source, kind, dtype)):
             warn(note)
         if kind.image_text:
             lacking, left_out = copy_tokenizer(source.folder, folder)
