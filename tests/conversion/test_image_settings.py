@@ -13,6 +13,7 @@ from PIL import Image
 from reference import REPO, reference_model
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
+from configuration_aimv2_packing import Aimv2PackingConfig
 from conversion.features import pixels
 from convert_weights import parse_arguments, run
 
@@ -38,7 +39,7 @@ def output_pixels(folder: Path, image: Image.Image) -> np.ndarray:
     """`(channels, height, width)`, put together from the patches of the converted repo's image processor."""
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, backend="pil")
     inputs = processor(image, return_tensors="pt")
-    config = type("Config", (), {"patch_size": processor.patch_size, "patch_layout": processor.patch_layout})
+    config = Aimv2PackingConfig(patch_size=processor.patch_size, patch_layout=processor.patch_layout)
     return pixels(inputs, config)[0].numpy()
 
 
