@@ -25,7 +25,7 @@ try:
     from conversion.hub_upload import push_to_hub
     from conversion.messages import next_step, printable, printable_lines, without_credentials
     from conversion.model_card import describe, summary
-    from conversion.model_repo import convert, holds_conversion
+    from conversion.model_repo import convert, difference_from
     from conversion.repo_contents import repo_differences
     from conversion.repo_kinds import is_converted, repo_kind, why_not_converted
     from conversion.sources import read_source
@@ -118,6 +118,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
     group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
     group.add_argument(
+        "--plain", action="store_true", help="write the plain model alone, without engines: fewer files to read"
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="replace an earlier conversion, once this one is complete"
     )
     group = parser.add_argument_group("verifying")
@@ -148,8 +151,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
     if options.verify_code and (options.output_dir or options.verify or options.push_to_hub):
         parser.error("--verify-code takes a converted SOURCE, and goes with no other action")
-    if options.vision_only and options.output_dir is None:
-        parser.error("--vision-only is for converting: give OUTPUT_DIR")
+    for name in ("vision_only", "plain"):
+        if getattr(options, name) and options.output_dir is None:
+            parser.error(f"--{name.replace('_', '-')} is for converting: give OUTPUT_DIR")
     if options.output_dir is None and not (options.verify or options.verify_code or options.push_to_hub):
         parser.error("give OUTPUT_DIR to convert, or --verify or --push-to-hub for a SOURCE that is converted already")
     return options
@@ -171,10 +175,11 @@ def run(options: argparse.Namespace) -> None:
     # A conversion whose upload was cut off is there already when the same command runs again.
     continued = output is not None and options.push_to_hub and not options.overwrite and is_converted(output)
     if output is not None and continued:
-        if not holds_conversion(output, source, dtype):
+        if difference := difference_from(output, source, dtype, options.plain):
             raise FileExistsError(
-                f"{output} exists and is another conversion. Choose another folder, replace it with --overwrite, or "
-                f"upload it as it is: python convert_weights.py {output} --push-to-hub {options.push_to_hub}"
+                f"{output} exists and is another conversion: it {difference}. Choose another folder, replace it with "
+                f"--overwrite, or upload it as it is: python convert_weights.py {output} --push-to-hub "
+                f"{options.push_to_hub}"
             )
         print(f"{output} already holds this conversion of {source.name}.")
 
@@ -202,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None and not continued:
         verifier = check if options.verify else None
         model_id = options.push_to_hub or output.resolve().name
-        convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier)
+        convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier, options.plain)
         found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
         if dropped := source.model.dropped:

@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code that a model repo carries, and that loading it with `trust_remote_code` runs."""
 
+import ast
 import hashlib
+import shutil
 import subprocess
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from .messages import without_credentials
@@ -15,6 +19,25 @@ CODE_FILES = sorted(REPO.glob("*_aimv2_packing.py"))
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy_code(folder: Path, files: Iterable[Path] = CODE_FILES) -> None:
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+@cache
+def with_imports(*modules: str) -> tuple[Path, ...]:
+    """The files of these modules of this tree and of all that they import from each other, by name."""
+    found: dict[str, Path] = {}
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        if module not in found:
+            found[module] = REPO / f"{module}.py"
+            nodes = ast.walk(ast.parse(found[module].read_bytes()))
+            pending += [x.module for x in nodes if isinstance(x, ast.ImportFrom) and x.level == 1 and x.module]
+    return tuple(found[module] for module in sorted(found))
 
 
 def origin() -> str:

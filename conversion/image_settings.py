@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from configuration_aimv2_packing import Aimv2PackingConfig
-
+from .local_code import Aimv2PackingConfig
 from .messages import printable
 from .repo_contents import IMAGE_PROCESSOR_FIELDS, mismatches, shortened
 from .safetensors_files import read_json, safe_path

@@ -14,13 +14,13 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedConfig
 
 from .atomic_folder import atomic_folder, is_empty_folder
-from .code_files import REPO
+from .code_files import REPO, copy_code
 from .image_settings import image_settings
 from .image_text import ImageText
 from .messages import printable
 from .model_card import write_card
 from .repo_contents import repo_differences
-from .repo_kinds import RepoKind, is_converted
+from .repo_kinds import RepoKind, is_converted, repo_kind
 from .safetensors_files import main_dtype, same_tensors, write_checkpoint
 from .source_files import copy_licences, copy_tokenizer
 from .sources import Source, read_source
@@ -43,6 +43,7 @@ def convert(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     verifier: Callable[[Path], Report] | None = None,
+    plain: bool = False,
 ) -> None:
     """
     Writes a complete model repo: weights, configurations, tokenizer, code, licence and card.
@@ -56,13 +57,14 @@ def convert(
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an earlier conversion at `output`.
         verifier (`Callable`, *optional*): Called with the finished folder before it appears at `output`, to verify
             it; what it raises prevents that.
+        plain (`bool`, *optional*, defaults to `False`): Whether the repo carries the plain model alone.
 
     Raises:
         ValueError: the result does not fit on the disk, or `output` is not to be replaced.
         FileExistsError: `output` exists and may not be replaced.
     """
-    model, kind = source.model, RepoKind(image_text=isinstance(source.model, ImageText))
-    check_output(output, source.folder, overwrite)
+    model, kind = source.model, RepoKind(isinstance(source.model, ImageText), plain)
+    check_output(output, source.folder, overwrite, kind)
     with atomic_folder(output, overwrite) as folder:
         needed = sum(tensor.nbytes_as(dtype) for tensor in model.tensors.values())
         free = shutil.disk_usage(folder).free
@@ -82,8 +84,8 @@ def convert(
                 warn(f"not taken over from the source's tokenizer: {', '.join(left_out)}")
             if lacking:
                 warn(NO_TOKENIZER.format(source=source.name, lacking=" and ".join(lacking)))
-        for path in (*kind.code_files, REPO / "LICENSE"):
-            shutil.copyfile(path, folder / path.name)
+        copy_code(folder, kind.code_files)
+        shutil.copyfile(REPO / "LICENSE", folder / "LICENSE")
         licences, left_out = copy_licences(source.folder, folder)
         for reason in left_out:
             warn(f"not taken over from the source: {reason}")
@@ -91,26 +93,42 @@ def convert(
         write_card(folder, source, kind, model_id, dtype, licences, report)
 
 
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
+def check_output(output: Path, source: Path, overwrite: bool, kind: RepoKind) -> None:
     """Refuses to write where something else than an earlier conversion would be lost."""
     output, source = output.resolve(), source.resolve()
     if source.is_relative_to(output):
         raise ValueError(f"{output} holds the source: choose another folder for the output.")
     if overwrite and output.exists() and not (is_converted(output) or is_empty_folder(output)):
         raise ValueError(f"{output} is no converted model repo: --overwrite does not replace it. Remove it yourself.")
+    if not overwrite and is_converted(output) and (difference := other_kind(output, kind.plain)):
+        raise FileExistsError(f"{output} exists and {difference}. Choose another folder, or replace it: --overwrite.")
+
+
+def other_kind(output: Path, plain: bool) -> str | None:
+    """How a converted repo differs from what is asked for in its kind, or `None`."""
+    if repo_kind(output).plain == plain:
+        return None
+    return "has no engines, as --plain makes it" if plain is False else "has engines, without which --plain makes it"
 
 
 def warn(text: str) -> None:
     print(f"warning: {text}.", file=sys.stderr)
 
 
-def holds_conversion(output: Path, source: Source, dtype: torch.dtype | None) -> bool:
-    """Whether `output` already is what [`convert`] makes of `source`: weights, configuration and code, by content."""
-    if not is_converted(output) or repo_differences(output):
-        return False
+def difference_from(output: Path, source: Source, dtype: torch.dtype | None, plain: bool) -> str | None:
+    """
+    How `output`, a converted repo, differs from what [`convert`] makes of `source`, by content; `None` where its kind,
+    code, configuration and weights are the same.
+    """
+    if difference := other_kind(output, plain):
+        return difference
+    if differences := repo_differences(output):
+        return f"is not what this tree writes: {differences[0]}"
     existing = read_source(str(output)).model
-    same_kind = type(existing) is type(source.model) and fields(existing.config) == fields(source.model.config)
-    return same_kind and same_tensors(existing.tensors, source.model.tensors, dtype)
+    if type(existing) is not type(source.model) or fields(existing.config) != fields(source.model.config):
+        return "has another configuration"
+    same = same_tensors(existing.tensors, source.model.tensors, dtype)
+    return None if same else "has other weights, or weights of another dtype"
 
 
 def fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .code_files import sha256
+from .code_files import REPO, sha256
 from .messages import printable
 from .repo_kinds import CONVERTED_TYPES, PROCESSOR, TOKENIZER_FILES, RepoKind, repo_kind
 from .safetensors_files import INDEX_NAME, read_json_value
@@ -218,7 +218,8 @@ def repo_differences(folder: Path, names: Iterable[str] | None = None) -> list[s
     lines = [f"{name} is missing" for name in code if name not in found]
     for name in found:
         if not is_written(name, kind):
-            lines.append(f"{printable(name)} is not in this tree" if name.endswith(".py") else foreign(name))
+            is_code = name.endswith(".py") and not (REPO / name).is_file()
+            lines.append(f"{printable(name)} is not in this tree" if is_code else foreign(name))
         elif name in code and not (folder / name).is_file():
             lines.append(f"{name} is no regular file")
         elif name in code and sha256(folder / name) != sha256(code[name]):

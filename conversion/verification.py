@@ -15,13 +15,9 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from configuration_aimv2_packing import Aimv2PackingConfig, Aimv2PackingImageTextConfig
-
 from .checkpoint_formats import Encoder
-from .code_files import REPO
 from .features import (
     original_features,
     original_joint,
@@ -31,6 +27,7 @@ from .features import (
     read_images,
 )
 from .image_text import ImageText
+from .local_code import Aimv2PackingConfig, Aimv2PackingImageTextConfig, local_class
 from .repo_contents import changes_code_only, repo_differences
 from .repo_kinds import repo_kind
 from .safetensors_files import main_dtype, read_json
@@ -68,8 +65,6 @@ TEXT_GEOMETRY = (
     "qkv_bias",
     "mlp_bias",
 )
-VISION_CLASS = "modeling_aimv2_packing.Aimv2PackingModel"
-IMAGE_TEXT_CLASS = "image_text_aimv2_packing.Aimv2PackingImageTextModel"
 
 
 @dataclass
@@ -205,7 +200,7 @@ def verify(
     differences = repo_differences(folder)
     # What another configuration or file would make the libraries read, they do not get to see.
     stored = None if changes_code_only(differences) else read_source(str(folder)).model
-    config = stored.config if stored else read_config(folder)
+    config, kind = stored.config if stored else read_config(folder), repo_kind(folder)
     image_text = isinstance(config, Aimv2PackingImageTextConfig)
     vision_config = config.vision_config if image_text else config
     if reference is not None:
@@ -239,7 +234,7 @@ def verify(
     texts = random_texts(config.text_config) if image_text else {}
     expected_joint = original_joint(original, inputs, texts, vision_config) if image_text else {}
     del original, original_vision
-    packed_class = get_class_from_dynamic_module(IMAGE_TEXT_CLASS if image_text else VISION_CLASS, str(REPO))
+    packed_class = local_class(kind.auto_map["AutoModel"])
     packed = load(packed_class, folder, stored, dtype)[0].eval().to(device)
     features = packed_features(packed.vision_model if image_text else packed, inputs)
     joint = packed_joint(packed, inputs, texts) if image_text else {}
@@ -280,7 +275,7 @@ def verify(
         min_cosine_bound=min_cosine_bound,
         identical_weights=identical_weights,
         code_differences=differences,
-        code_files=len(repo_kind(folder).code_files),
+        code_files=len(kind.code_files),
         notes=notes,
         images=comparisons,
         joint=joint_comparisons,

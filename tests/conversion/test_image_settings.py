@@ -13,8 +13,8 @@ from PIL import Image
 from reference import REPO, reference_model
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
-from configuration_aimv2_packing import Aimv2PackingConfig
 from conversion.features import pixels
+from conversion.local_code import Aimv2PackingConfig
 from convert_weights import parse_arguments, run
 
 

@@ -36,7 +36,7 @@ def convert(source: Path, *arguments: str) -> Path:
 
 
 def front_matter(folder: Path) -> dict:
-    return metadata_load(folder / "README.md")
+    return metadata_load(folder / "README.md") or {}
 
 
 def test_a_link_to_the_sources_licence_leads_to_its_copy(source):
