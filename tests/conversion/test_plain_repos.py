@@ -24,11 +24,7 @@ from convert_weights import main, parse_arguments, run
 
 
 MOST_FILES = {"vision": 6, "texts": 9}
-SIZES = [(80, 60), (33, 150), (56, 56)]
-
-
-def images() -> list[Image.Image]:
-    return [Image.effect_noise(size, 60).convert("RGB") for size in SIZES]
+IMAGES = [Image.effect_noise(size, 60).convert("RGB") for size in [(80, 60), (33, 150), (56, 56)]]
 
 
 def convert(source: Path, output: Path, *arguments: str) -> Path:
@@ -89,7 +85,7 @@ def test_its_features_are_those_of_the_accelerated_repo(repos):
     outputs = []
     for model, folder in zip(loaded, (plain, accelerated), strict=True):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        outputs.append(model(**processor(images=images(), return_tensors="pt", **texts)))
+        outputs.append(model(**processor(images=IMAGES, return_tensors="pt", **texts)))
     for name in ("last_hidden_state", "pooler_output") if kind == "vision" else ("image_embeds", "logits_per_image"):
         torch.testing.assert_close(outputs[0][name], outputs[1][name], rtol=0, atol=1e-5)
     towers = [getattr(model, "vision_model", model) for model in loaded]
@@ -99,7 +95,7 @@ def test_its_features_are_those_of_the_accelerated_repo(repos):
 def test_sentence_transformers_knows_both(repos):
     _, plain, accelerated = repos
     encoded = [
-        SentenceTransformer(str(folder), trust_remote_code=True).encode(images(), convert_to_tensor=True)
+        SentenceTransformer(str(folder), trust_remote_code=True).encode(IMAGES, convert_to_tensor=True)
         for folder in (plain, accelerated)
     ]
     torch.testing.assert_close(encoded[0], encoded[1], rtol=0, atol=1e-5)
