@@ -14,7 +14,7 @@ from PIL import Image
 from reference import reference_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from test_hub import converter
+from test_hub import COMMANDS, client
 from transformers import AutoModel, AutoProcessor
 
 from conversion import features
@@ -155,17 +155,18 @@ def test_converting_again_with_the_other_flag_is_a_difference(sources, tmp_path,
     assert repo_differences(output) == [] and (output / "accelerated_aimv2_packing.py").exists() == bool(first)
 
 
-def test_a_plain_repo_replaces_an_accelerated_one_on_the_hub(sources, tmp_path):
+def test_a_plain_repo_replaces_an_accelerated_one_on_the_hub(repos, tmp_path):
+    _, plain, accelerated = repos
     hub = Hub()
     try:
-        for flags in ([], ["--plain"]):
-            output = convert(sources["vision"], tmp_path / "out", *flags, "--overwrite")
-            pushed = converter(hub, tmp_path / "home", output, "--push-to-hub", "alice/m")
-            assert pushed.returncode == 0, pushed.stderr
+        commands = [
+            *(("hf_alice", str(folder), "--push-to-hub", "alice/m") for folder in (accelerated, plain)),
+            ("hf_alice", "alice/m", "--verify-code"),
+        ]
+        result = client(hub, tmp_path, COMMANDS.format(commands=commands))
         files = hub.repos["alice/m"].commit("main").files
-        assert {name for name in files if name.endswith(".py")} == {path.name for path in output.glob("*.py")}
-        checked = converter(hub, tmp_path / "home", "alice/m", "--verify-code")
-        assert checked.returncode == 0 and "(6 files)" in checked.stdout, checked.stdout + checked.stderr
+        assert {name for name in files if name.endswith(".py")} == {path.name for path in plain.glob("*.py")}
+        assert result.stdout.count("----- 0") == 3, result.stdout + result.stderr
     finally:
         hub.close()
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_text_checkpoints import clip_tokenizer, reference_image_text_model
 from reference import reference_model
-from test_hub import client, converter
+from test_hub import COMMANDS, client, converter
 from transformers import AutoModel, AutoProcessor
 
 from conversion.repo_contents import file_names, repo_differences
@@ -273,20 +273,32 @@ def test_forged_verdicts_are_printed_escaped(repo, capsys):
     assert len(printed.splitlines()) == 4
 
 
-def test_files_that_are_not_downloaded_count(tmp_path, converted):
+def test_repos_of_the_hub(tmp_path, converted):
     """Weights and texts stay on the Hub, and their names are looked at."""
     hub = Hub()
     files = {path.name: path.read_bytes() for path in converted["vision"].iterdir()}
+    hostile = {
+        "generate": {"custom_generate/generate.py": b"raise SystemExit"},
+        "adapter": {"adapter_model.safetensors": b""},
+    }
+    for repo, name, fields in (
+        ("pipelines", "config.json", {"custom_pipelines": {"trap": {"impl": "trap.Trap", "type": "image"}}}),
+        ("files", "config.json", {"configuration_files": ["config.5.0.0.json"]}),
+        ("images", "preprocessor_config.json", {"auto_map": {"AutoImageProcessor": FOREIGN}}),
+    ):
+        hostile[repo] = {name: json.dumps(json.loads(files[name]) | fields).encode()}
     hub.add_repo("alice/good", files)
-    hub.add_repo("alice/generate", files | {"custom_generate/generate.py": b"raise SystemExit"})
-    hub.add_repo("alice/adapter", files | {"adapter_model.safetensors": b""})
+    for repo, changed in hostile.items():
+        hub.add_repo(f"mallory/{repo}", files | changed)
+    names = ["alice/good", *(f"mallory/{repo}" for repo in hostile)]
     try:
-        good = converter(hub, tmp_path / "a", "alice/good", "--verify-code")
-        assert good.returncode == 0, good.stderr
-        assert hub.repos["alice/good"].commits[0].oid in good.stdout
-        for name, file in (("generate", "custom_generate/generate.py"), ("adapter", "adapter_model.safetensors")):
-            result = converter(hub, tmp_path / "a", f"alice/{name}", "--verify-code")
-            assert result.returncode == 1 and f"  {file} is " in result.stdout, result.stdout + result.stderr
+        commands = [("hf_alice", name, "--verify-code") for name in names]
+        result = client(hub, tmp_path / "a", COMMANDS.format(commands=commands))
+        good, *others = result.stdout.split("-----")[:-1]
+        assert "Code: equal to this tree's" in good and hub.repos["alice/good"].commits[0].oid in good
+        for name, found, (repo, changed) in zip(names[1:], others, hostile.items(), strict=True):
+            assert found.startswith(" ") and f"  {next(iter(changed))} " in found, found
+            assert hub.repos[name].commits[0].oid in found and f"code of mallory/{repo} is not" in result.stderr
         offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'"
         cached = converter(hub, tmp_path / "a", "alice/good", "--verify-code", setup=offline)
         assert cached.returncode == 0 and "The Hub is out of reach: what an earlier download holds" in cached.stdout
@@ -299,30 +311,3 @@ def test_names_of_a_folder(tmp_path):
     (tmp_path / "a" / "b").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert file_names(tmp_path) == ["a/b", "link"]
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("config.json", lambda x: x.update(custom_pipelines={"trap": {"impl": "trap.Trap", "type": "image"}})),
-        ("config.json", lambda x: x.update(configuration_files=["config.5.0.0.json"])),
-        ("preprocessor_config.json", lambda x: x.update(auto_map={"AutoImageProcessor": FOREIGN})),
-    ],
-)
-def test_repos_of_the_hub_are_refused_by_the_command(tmp_path, converted, name, change):
-    hub = Hub()
-    files = {path.name: path.read_bytes() for path in converted["vision"].iterdir()}
-    content = json.loads(files[name])
-    change(content)
-    hub.add_repo("mallory/repo", files | {name: json.dumps(content).encode()})
-    try:
-        result = client(
-            hub,
-            tmp_path,
-            "import sys, convert_weights; sys.exit(convert_weights.main())",
-            "mallory/repo",
-            "--verify-code",
-        )
-        assert result.returncode == 1 and f"  {name} " in result.stdout, result.stdout + result.stderr
-    finally:
-        hub.close()
