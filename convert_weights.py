@@ -40,7 +40,7 @@ DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 def print_report(report: Report) -> None:
     print(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
     print(report.tables())
-    print(f"\nBounds: max diff {report.max_diff_bound:.1e}, min cosine {report.min_cosine_bound}.")
+    print(f"\n{report.thresholds()}\n")
     if report.identical_weights is not None:
         print(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
     print_code(report.code_differences, report.code_files)

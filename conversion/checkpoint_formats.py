@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from .local_code import Aimv2PackingConfig
-from .messages import printable
+from .messages import listed, printable
 from .safetensors_files import DTYPES, StoredTensor
 
 
@@ -180,8 +180,7 @@ class Encoder:
         lines = [f"the {self.checkpoint_format.name} checkpoint format{where}"]
         for label, names in (("missing", self.missing), ("left over", self.left_over), ("wrong", self.wrong)):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"  {label}: {', '.join(names[:5])}{more}")
+                lines.append(f"  {label}: {listed(names)}")
         return "\n".join(lines)
 
 
@@ -212,14 +211,14 @@ def find_encoder(tensors: dict[str, StoredTensor], source_config: dict[str, Any]
     if len(complete) == 1:
         return complete[0]
     if complete:
-        listed = ", ".join(repr(candidate.prefix) for candidate in complete)
-        raise ValueError(f"The checkpoint holds {len(complete)} AIMv2 encoders. Choose one with --prefix: {listed}.")
+        prefixes = ", ".join(repr(candidate.prefix) for candidate in complete)
+        raise ValueError(f"The checkpoint holds {len(complete)} AIMv2 encoders. Choose one with --prefix: {prefixes}.")
     if not candidates:
         where = "" if prefix is None else f" under the prefix {prefix!r}"
         anchors = ", ".join(each.stored_name("embeddings.patch_embed.weight") for each in CHECKPOINT_FORMATS)
         raise ValueError(
             f"No AIMv2 vision encoder{where} among the checkpoint's {len(tensors)} tensors "
-            f"({', '.join(sorted(tensors)[:3])}, ...): no checkpoint format's patch embedding is there ({anchors})."
+            f"({listed(sorted(tensors), 3)}): no checkpoint format's patch embedding is there ({anchors})."
         )
     nearest = max(candidates, key=lambda candidate: (len(candidate.tensors), -candidate.problems))
     raise ValueError(f"No complete AIMv2 vision encoder. The nearest is {nearest.describe()}")
@@ -254,7 +253,7 @@ def match_tensors(encoder: Encoder, own: dict[str, StoredTensor], shapes: dict[s
     for name, whole in shapes.items():
         stored_name, part = encoder.checkpoint_format.stored_name(name), encoder.checkpoint_format.part(name)
         shape = whole if part is None else (3 * whole[0], *whole[1:])
-        stored, label = own.get(stored_name), encoder.prefix + stored_name
+        stored, label = own.get(stored_name), printable(encoder.prefix + stored_name)
         used.add(stored_name)
         if stored is None:
             encoder.missing.append(label)
@@ -411,7 +410,7 @@ def read_timm_arguments(arguments: dict[str, Any], notes: list[str]) -> dict[str
     """The configuration's fields that timm's `model_args` tell, and in `notes` what else might change features."""
     unknown = sorted(arguments.keys() - TIMM_ARGUMENTS.keys() - TIMM_ELSEWHERE)
     if unknown:
-        notes.append(f"not taken over of timm's model_args: {', '.join(map(printable, unknown))}")
+        notes.append(f"not taken over of timm's model_args: {listed(unknown)}")
     fields = {new: arguments[name] for name, new in TIMM_ARGUMENTS.items() if arguments.get(name) is not None}
     sides = fields.get("image_size")
     if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1]:

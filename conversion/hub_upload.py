@@ -12,7 +12,7 @@ from huggingface_hub.utils import httpx
 
 from .hub_card import card_for, merged_card
 from .hub_files import one_line
-from .messages import printable, without_credentials
+from .messages import listed, printable, without_credentials
 from .repo_contents import WEIGHTS, file_names, is_written
 from .repo_kinds import CONVERTED_TYPES, repo_kind
 from .safetensors_files import INDEX_NAME, hub_blobs, read_json
@@ -103,9 +103,8 @@ def files_to_upload(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{printable(path)} is a link or no file: put the file itself there. Nothing was uploaded."
             )
-    if others := [printable(name) for name in names if folder / name not in written]:
-        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        print(f"Not uploaded, because the converter does not write it: {listed}.")
+    if others := [name for name in names if folder / name not in written]:
+        print(f"Not uploaded, because the converter does not write it: {listed(others)}.")
     return written
 
 

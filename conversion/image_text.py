@@ -21,6 +21,7 @@ from .checkpoint_formats import (
     stored_tensor,
 )
 from .local_code import Aimv2PackingImageTextConfig
+from .messages import printable
 from .safetensors_files import DTYPES, StoredTensor
 
 
@@ -120,11 +121,11 @@ def find_image_text(
     }
     others = (names.visual_projection, names.text_projection, names.logit_scale)
     for own, (name, shape) in zip(others, shapes.items(), strict=True):
-        stored = tensors.get(root + own)
+        stored, label = tensors.get(root + own), printable(root + own)
         if stored is None:
-            text.missing.append(root + own)
+            text.missing.append(label)
         elif stored.dtype not in DTYPES or stored.shape not in (shape, (1, *shape)):
-            text.wrong.append(f"{root + own} is {stored.dtype} {stored.shape}, expected floating-point {shape}")
+            text.wrong.append(f"{label} is {stored.dtype} {stored.shape}, expected floating-point {shape}")
         else:
             found[name] = stored._replace(shape=shape)
     fields = {"vision_config": vision.config, "text_config": text.config, "projection_dim": dimension}

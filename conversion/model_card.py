@@ -47,8 +47,7 @@ def write_card(
     if report is not None:
         parity = (
             f"Packed against {report.reference}, image by image, in {report.dtype} on {report.device} with "
-            f"PyTorch {torch.__version__}; bounds: max diff {report.max_diff_bound:.1e}, min cosine "
-            f"{report.min_cosine_bound}.\n\n{report.tables()}"
+            f"PyTorch {torch.__version__}.\n\n{report.thresholds()}\n\n{report.tables()}"
         )
     card = ModelCard.from_template(
         ModelCardData(

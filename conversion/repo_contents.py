@@ -85,6 +85,7 @@ IMAGE_TEXT_FIELDS = {
     "vision_config": VISION_FIELDS,
 }
 IMAGE_PROCESSOR_FIELDS = {
+    "allow_urls": bool,
     "do_convert_rgb": bool,
     "do_normalize": bool,
     "do_rescale": bool,
@@ -93,6 +94,7 @@ IMAGE_PROCESSOR_FIELDS = {
     "image_processor_type": re.compile("Aimv2PackingImageProcessor(Pil)?"),
     "image_size": (int, Exactly(None)),
     "image_std": [NUMBER],
+    "max_image_pixels": int,
     "max_patches": int,
     "merge_size": int,
     "min_patches": int,
@@ -224,10 +226,19 @@ def repo_differences(folder: Path, names: Iterable[str] | None = None) -> list[s
             lines.append(f"{name} is no regular file")
         elif name in code and sha256(folder / name) != sha256(code[name]):
             lines.append(f"{name} differs")
-    for name, schema in json_schemas(kind).items():
-        if name in found:
-            lines += mismatches(read_json_value(folder / name), schema, name)
-    return lines
+    return lines + json_differences(folder, found)
+
+
+def json_differences(folder: Path, names: Iterable[str]) -> list[str]:
+    """
+    How those of the JSON files called `names` that the converter writes differ from what it writes, a line each.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    schemas = json_schemas(repo_kind(folder))
+    present = [name for name in schemas if name in set(names)]
+    return [line for name in present for line in mismatches(read_json_value(folder / name), schemas[name], name)]
 
 
 def foreign(name: str) -> str:

@@ -18,6 +18,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 
+from .messages import listed
+
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -189,7 +191,7 @@ def choose_weights(source: Path | str, names: list[str]) -> str:
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     candidates = standard or indexes or [name for name in names if name.endswith(".safetensors")]
     if len(candidates) > 1:
-        raise ValueError(f"{source} holds more than one set of weights: {', '.join(candidates)}. Name one file.")
+        raise ValueError(f"{source} holds more than one set of weights: {listed(candidates)}. Name one file.")
     if not candidates:
         raise no_safetensors(source, names)
     return candidates[0]
@@ -215,7 +217,7 @@ def no_safetensors(source: Path | str, names: list[str]) -> ValueError:
     if not pickles:
         return ValueError(f"{source} holds no .safetensors weights.")
     return ValueError(
-        f"{source} holds its weights as pickle ({', '.join(pickles)}), which can run code when it is read: refused. "
+        f"{source} holds its weights as pickle ({listed(pickles)}), which can run code when it is read: refused. "
         "Convert them to safetensors first, for example with https://huggingface.co/spaces/safetensors/convert."
     )
 
@@ -249,11 +251,11 @@ def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
             raise no_safetensors(weights, [file_name])
         header = read_header(safe_path(weights.parent, file_name))
         if twice := sorted(header.keys() & tensors.keys()):
-            raise ValueError(f"{weights}: {file_name} and another file both hold the tensor {twice[0]!r}.")
+            raise ValueError(f"{weights}: {file_name!r} and another file both hold the tensor {twice[0]!r}.")
         indexed = {name for name, value in weight_map.items() if value == file_name}
         if wrong := sorted(indexed ^ header.keys()):
             raise ValueError(
-                f"{weights} and {file_name} do not agree on the tensor {wrong[0]!r} and {len(wrong) - 1} more."
+                f"{weights} and {file_name!r} do not agree on the tensor {wrong[0]!r} and {len(wrong) - 1} more."
             )
         tensors |= header
     return tensors

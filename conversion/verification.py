@@ -42,6 +42,8 @@ BOUNDS = {
     torch.float16: (2e-2, 0.999),
     torch.bfloat16: (1e-1, 0.99),
 }
+# What is usually asked of a port: largest and mean absolute difference, and smallest cosine.
+ALIGNMENT = (0.01, 0.001, 0.99)
 # What decides the shapes of weights and features.
 GEOMETRY = (
     "hidden_size",
@@ -138,6 +140,33 @@ class Report:
             and all(x.passed for x in self.joint)
         )
 
+    @property
+    def worst(self) -> tuple[float, float, float]:
+        """Of all images: largest difference, largest mean difference, smallest cosine; NaN where there is one."""
+        values = torch.tensor([(x.max_diff, x.mean_diff, x.min_cosine) for x in self.images], dtype=torch.float64)
+        largest, smallest = values.amax(dim=0).tolist(), values.amin(dim=0).tolist()
+        return largest[0], largest[1], smallest[2]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the features of the images are within `ALIGNMENT`, whatever the dtype."""
+        return is_within(self.worst, ALIGNMENT)
+
+    def thresholds(self) -> str:
+        """The worst of all images beside what is usual for a port and what is asked here, as a Markdown table."""
+        own = (self.max_diff_bound, None, self.min_cosine_bound)
+        rows = [
+            ("measured, worst of all images", *self.worst, ""),
+            ("usual for a port", *ALIGNMENT, "met" if self.aligned else "NOT met"),
+            (f"asked here, {self.dtype}", *own, "met" if is_within(self.worst, own) else "NOT met"),
+        ]
+        lines = [
+            f"| {name} | {largest:.1e} | {'' if mean is None else f'{mean:.1e}'} | {cosine:.7f} | {verdict} |"
+            for name, largest, mean, cosine, verdict in rows
+        ]
+        head = "| | max diff | mean diff | min cosine | |"
+        return "\n".join([head, "|---|---|---|---|---|", *lines])
+
     def to_json(self) -> str:
         """Everything as JSON, which knows no NaN: `null` stands for it."""
 
@@ -148,7 +177,7 @@ class Report:
                 return [finite(inner) for inner in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        fields = finite(asdict(self)) | {"passed": self.passed}
+        fields = finite(asdict(self)) | {"passed": self.passed, "aligned": self.aligned}
         return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
     def tables(self) -> str:
@@ -280,6 +309,12 @@ def verify(
         images=comparisons,
         joint=joint_comparisons,
     )
+
+
+def is_within(found: tuple[float, float, float], bounds: tuple[float, float | None, float]) -> bool:
+    """Whether largest and mean difference and smallest cosine are; in this direction NaN is not."""
+    largest, mean, cosine = bounds
+    return found[0] <= largest and (mean is None or found[1] <= mean) and found[2] >= cosine
 
 
 def load(

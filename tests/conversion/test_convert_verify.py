@@ -54,6 +54,36 @@ def test_native(tmp_path, fields, capsys):
     assert "Verdict: passed." in printed
 
 
+def worst_of(report: dict) -> tuple[float, float, float]:
+    images = report["images"]
+    return (
+        max(image["max_diff"] for image in images),
+        max(image["mean_diff"] for image in images),
+        min(image["min_cosine"] for image in images),
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "verdicts"), [(1, ["met", "met"]), (1.0005, ["met", "NOT met"]), (1.1, ["NOT met"] * 2)]
+)
+def test_both_sets_of_thresholds_are_shown(tmp_path, capsys, scale, verdicts):
+    """What is usual for a port, max 0.01, mean 0.001 and cosine 0.99, and this tool's own."""
+    model = reference_model()
+    run(parse_arguments([str(save(tmp_path / "in", model)), str(tmp_path / "out")]))
+    model.rms_norm.weight.data.mul_(scale)
+    report = verify(tmp_path / "out", "--reference", str(save(tmp_path / "other", model)))
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("| measured", "| usual", "| asked"))
+    ]
+    largest, mean, cosine = worst_of(report)
+    assert rows == [
+        f"| measured, worst of all images | {largest:.1e} | {mean:.1e} | {cosine:.7f} |  |",
+        f"| usual for a port | 1.0e-02 | 1.0e-03 | 0.9900000 | {verdicts[0]} |",
+        f"| asked here, float32 | {report['max_diff_bound']:.1e} |  | 0.9999900 | {verdicts[1]} |",
+    ]
+    assert report["aligned"] == (verdicts[0] == "met") and report["passed"] == (verdicts[1] == "met")
+
+
 def test_learned_positions_are_compared_at_their_size(tmp_path):
     report = verify(save(tmp_path / "in", reference_model(is_native=False)), str(tmp_path / "out"))
     assert report["passed"]
