@@ -52,7 +52,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 PatchBudgetBatchSampler = local_class("batching_aimv2_packing.PatchBudgetBatchSampler")
 
-STRATEGIES = ("ddp", "ddp_empty", "fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config", "tp")
+STRATEGIES = ("ddp", "ddp_empty", "fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_accelerate", "fsdp_config", "tp")
 # Hidden size, intermediate size, heads; as GEOMETRIES.
 NARROW, TINY = (256, 704, 4), (64, 96, 2)
 
