@@ -25,7 +25,7 @@ from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
 # What stands for what in code and commands, in this order.
