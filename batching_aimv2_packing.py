@@ -3,7 +3,8 @@
 """Packed batches: filled to a budget of patches on the way in, split into images on the way out."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
@@ -11,6 +12,45 @@ from torch.utils.data import Sampler
 
 # Images that are packed together when shuffling: enough to fill nearly every batch, few enough to stay random.
 IMAGES_PER_WINDOW = 1024
+
+Item = TypeVar("Item")
+
+
+def pack_in_order(
+    items: Iterable[Item], length: Callable[[Item], int], budget: int, max_items: int | None = None
+) -> Iterator[list[Item]]:
+    """
+    Groups of neighbours whose lengths sum to at most a budget, each as large as fits. Items keep their order, and a
+    group is given as soon as it is known to be whole, so that `items` may be an endless stream.
+
+    Args:
+        items (iterable): What is packed, such as images, or indices of them.
+        length (callable): The length of an item, 0 or more; called once for each.
+        budget (`int`): Of a group. A longer item shares its group with items of length 0 alone.
+        max_items (`int`, *optional*): The most items of a group.
+
+    Returns:
+        Iterator of `list`: The groups, none of them empty.
+
+    Example:
+        >>> lengths = [3, 4, 2, 9, 1]
+        >>> list(pack_in_order(range(5), lengths.__getitem__, 8))
+        [[0, 1], [2], [3], [4]]
+    """
+    group: list[Item] = []
+    filled = 0
+    for item in items:
+        own = length(item)
+        if filled and filled + own > budget:
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += own
+        if filled >= budget or len(group) == max_items:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
 
 
 def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
@@ -84,24 +124,17 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Makes another random order; call it before each epoch, as on a `DistributedSampler`."""
-        batches = self._shuffled_batches(self.seed + epoch) if self.shuffle else self._ordered_batches()
+        if self.shuffle:
+            batches = self._shuffled_batches(self.seed + epoch)
+        else:
+            lengths = self.num_patches
+            batches = list(pack_in_order(range(len(lengths)), lengths.__getitem__, self.max_patches_per_batch))
         if self.drop_last:
             batches = batches[: len(batches) // self.num_replicas * self.num_replicas]
         elif batches:
             missing = -len(batches) % self.num_replicas
             batches += [batches[index % len(batches)] for index in range(missing)]
         self.batches = batches[self.rank :: self.num_replicas]
-
-    def _ordered_batches(self) -> list[list[int]]:
-        batches: list[list[int]] = []
-        room = 0
-        for index, length in enumerate(self.num_patches):
-            if not batches or length > room:
-                batches.append([])
-                room = self.max_patches_per_batch
-            batches[-1].append(index)
-            room -= length
-        return batches
 
     def _shuffled_batches(self, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
@@ -137,4 +170,4 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
-__all__ = ["PatchBudgetBatchSampler", "unpack_features"]
+__all__ = ["PatchBudgetBatchSampler", "pack_in_order", "unpack_features"]
