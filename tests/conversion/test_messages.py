@@ -1,0 +1,69 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What others chose forges nothing on a terminal or in a list, and no password is printed."""
+
+import ast
+import errno
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conversion.messages import next_step, printable, printable_lines, without_credentials
+
+
+def is_safe(text: str) -> bool:
+    return not any(unicodedata.category(x) in ("Cc", "Cf", "Cs", "Zl", "Zp") for x in text)
+
+
+@given(st.text())
+def test_names_stay_on_one_line_and_can_be_read_back(name):
+    shown = printable(name)
+    assert is_safe(shown)
+    assert shown == name or ast.literal_eval(shown) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat.jpg", "cat.jpg"),
+        ("größe 猫.jpg", "größe 猫.jpg"),
+        ("a\nb", r"'a\nb'"),
+        ("\x1b[2Jok", r"'\x1b[2Jok'"),
+        ("a\u202egpj.exe", r"'a\u202egpj.exe'"),
+        (b"\xff.jpg", r"'\udcff.jpg'"),
+        (Path("a\rb"), r"'a\rb'"),
+        (3, "3"),
+    ],
+)
+def test_names(name, expected):
+    assert printable(name) == expected
+
+
+@given(st.text())
+def test_messages_keep_their_lines(text):
+    shown = printable_lines(text)
+    assert all(is_safe(line) for line in shown.split("\n")) and shown.count("\n") == text.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://alice:secret@example.org/a/b.git", "https://example.org/a/b.git"),
+        ("https://example.org/a?token=secret#secret", "https://example.org/a"),
+        ("https://secret@secret@example.org:8080", "https://example.org:8080"),
+        ("for url 'http://u:secret@h/x?sig=secret': no", "for url 'http://h/x': no"),
+        ("git@example.org:a/b.git", "git@example.org:a/b.git"),
+        ("no address, is it?", "no address, is it?"),
+    ],
+)
+def test_credentials_are_left_out(text, expected):
+    assert without_credentials(text) == expected
+
+
+def test_next_steps_are_for_what_a_user_can_put_right():
+    assert next_step(OSError(errno.ENOSPC, "full")) == "free some space, or choose another disk"
+    assert next_step(OSError(errno.EBADF, "bad")) is None
+    assert next_step(OSError("no number")) is None and next_step(ValueError("no")) is None
