@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corpus.ids import IdSet
-from corpus.inputs import InputError
+from corpus.inputs import InputError, Part
 from corpus.interrupts import Interrupts
-from corpus.job import Job, Part
 from corpus.models import device_of
 from corpus.options import Options
 from corpus.output import summary_of
 from corpus.readers import FILES_AT_ONCE, read
+from corpus.rows import IdSet
+from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
 

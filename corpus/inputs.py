@@ -5,21 +5,35 @@
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from corpus.ids import IdSet
-from corpus.images import SIGNATURE_BYTES, has_image_name, has_image_signature
-from corpus.job import Part
+from corpus.rows import IdSet
+
+
+# All that PIL looks at to tell one format from another.
+SIGNATURE_BYTES = 16
+
+
+class Part(NamedTuple):
+    """A file of the input, or one row group of a Parquet file. `name` is the path below `inputs[source]`."""
+
+    source: int
+    path: str
+    name: str
+    row_group: int = 0
+    first_row: int = 0
 
 
 class InputError(OSError):
@@ -50,7 +64,7 @@ class Corpus:
         return id_ in self.ids or any(str(parent) in self.ids for parent in PurePosixPath(id_).parents)
 
 
-def printable(name: str) -> str:
+def utf8_name(name: str) -> str:
     """A file name as valid UTF-8, which Linux and tar do not promise."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
@@ -64,6 +78,23 @@ def file_system(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{location} cannot be opened: {error}") from error
+
+
+@cache
+def image_suffixes(formats: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
+
+
+def has_image_name(name: str, formats: tuple[str, ...]) -> bool:
+    return name[name.rfind(".") :].lower() in image_suffixes(formats)
+
+
+def has_image_signature(start: bytes, formats: Iterable[str]) -> bool:
+    """Whether a file that begins with these bytes, `SIGNATURE_BYTES` or more, is of one of the formats."""
+    PIL.Image.init()
+    accepts = (PIL.Image.OPEN[name][1] for name in formats if name in PIL.Image.OPEN)
+    # A string is PIL's reason why it cannot read what it knows.
+    return any(accept is not None and accept(start) is True for accept in accepts)
 
 
 def corpus_of(
@@ -86,7 +117,7 @@ def corpus_of(
         for file in found:
             if below and file.startswith(below):
                 continue
-            name = printable(os.path.relpath(file, root))
+            name = utf8_name(os.path.relpath(file, root))
             kind, reason = kind_of(fs, file, image_formats)
             if kind:
                 kinds.setdefault(kind, []).append(Part(source, file, name))
@@ -138,7 +169,7 @@ def files_of(fs: fsspec.AbstractFileSystem, path: str, skipped: list[tuple[str, 
     if "**" not in path:
         reason = "a folder: give it as an input, or ** in the pattern"
         skipped += [
-            (printable(os.path.relpath(name, root)), reason)
+            (utf8_name(os.path.relpath(name, root)), reason)
             for name, info in matches.items()
             if info["type"] == "directory"
         ]
@@ -147,7 +178,7 @@ def files_of(fs: fsspec.AbstractFileSystem, path: str, skipped: list[tuple[str, 
 
 def walk(root: str, folder: str, skipped: list[tuple[str, str]], above: tuple = ()) -> Iterator[str]:
     """All files below a local folder, through symbolic links, but for those that lead to a folder above them."""
-    name = printable(os.path.relpath(folder, root))
+    name = utf8_name(os.path.relpath(folder, root))
     try:
         status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

@@ -21,13 +21,13 @@ import ray
 import ray.data
 import torch
 
-from corpus.ids import IdSet
+from corpus.inputs import Part
 from corpus.interrupts import Interrupts
-from corpus.job import Image, Job, Part
 from corpus.models import code_folder, local_class
 from corpus.options import Options
 from corpus.output import Written
-from corpus.rows import PATCH_SCHEMA, table_of
+from corpus.rows import PATCH_SCHEMA, IdSet, Image, table_of
+from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
 from corpus.tasks import FILES_PER_BLOCK, count, read_stage, write

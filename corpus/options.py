@@ -22,6 +22,8 @@ class Options:
     id_column: str | None = None
     retry_errors: bool = False
     limit: int | None = None
+    max_image_bytes: int = 2**29
+    max_image_pixels: int = 160_000_000
     device: str | None = None
     address: str | None = None
     num_workers: int | None = None

@@ -3,7 +3,6 @@
 """Files of the input to images that are not done."""
 
 import os
-import tarfile
 from collections.abc import Container, Iterable, Iterator
 
 import fsspec
@@ -11,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from corpus.images import SIGNATURE_BYTES, has_image_name, has_image_signature
-from corpus.inputs import InputError, file_system, printable
-from corpus.job import Image, Job, Part
-from corpus.rows import stable_text
+from corpus.archives import read_archive
+from corpus.inputs import InputError, Part, file_system
+from corpus.rows import Image, stable_text
+from corpus.settings import Job
 
 
 # Read at once: on an object store in parallel.
@@ -59,33 +58,6 @@ def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
                     yield Image(part.name, stable_text(data), None)
                 else:
                     yield Image(part.name, None, data)
-
-
-def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
-    fs, _ = file_system(job.inputs[part.source])
-    seen: dict[str, int] = {}
-    with fs.open(part.path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        for member in archive:
-            if not member.isfile():
-                continue
-            seen[member.name] = seen.get(member.name, 0) + 1
-            # tar allows two files of one name.
-            copy = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-            id_ = f"{part.name}/{printable(member.name)}{copy}"
-            if id_ in done:
-                continue
-            named = has_image_name(member.name, job.image_formats)
-            try:
-                opened = archive.extractfile(member)
-                data = opened.read(SIGNATURE_BYTES) if opened else b""
-                if not named and not has_image_signature(data, job.image_formats):
-                    continue
-                data += opened.read() if opened else b""
-            except (OSError, tarfile.TarError) as error:
-                if named:
-                    yield Image(id_, stable_text(error), None)
-                continue
-            yield Image(id_, None, data)
 
 
 def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:

@@ -1,9 +1,14 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of an output, and those that go from stage to stage on Ray."""
+"""The rows of an output, those that go from stage to stage on Ray, and the ids of both."""
 
+import base64
+import hashlib
 import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 
@@ -11,6 +16,40 @@ IMAGE_SCHEMA = pa.schema({"id": pa.string(), "error": pa.string(), "image": pa.l
 PATCH_SCHEMA = pa.schema(
     {"id": pa.string(), "error": pa.string(), "grid_thw": pa.list_(pa.int64()), "patches": pa.large_binary()}
 )
+
+
+class Image(NamedTuple):
+    """The bytes of a file, or why there are none."""
+
+    id: str
+    error: str | None
+    data: bytes | None
+
+
+class IdSet:
+    """A set of ids as 16 bytes each, which all workers of a machine share: the ids of a corpus fill its memory."""
+
+    def __init__(self, ids: Iterable[str] = ()):
+        digests = bytearray()
+        for id_ in ids:
+            digests += self.digest(id_)
+        self.sorted = np.sort(np.frombuffer(digests, dtype="S16"))
+
+    @staticmethod
+    def digest(id_: str) -> bytes:
+        """96 bits, as text: NumPy drops zeros at the end of bytes."""
+        return base64.b64encode(hashlib.blake2b(id_.encode(), digest_size=12).digest())
+
+    def __contains__(self, id_: object) -> bool:
+        digest = self.digest(str(id_))
+        index = np.searchsorted(self.sorted, digest)
+        return bool(index < len(self.sorted) and self.sorted[index] == digest)
+
+    def __len__(self) -> int:
+        return len(self.sorted)
+
+    def has_duplicates(self) -> bool:
+        return bool((self.sorted[1:] == self.sorted[:-1]).any())
 
 
 def output_schema(embedding_size: int, patch_features: str | None, hidden_size: int) -> pa.Schema:

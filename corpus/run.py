@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 
 from corpus import in_process
-from corpus.ids import IdSet
 from corpus.inputs import Corpus, corpus_of
 from corpus.interrupts import Interrupts
-from corpus.job import Job
 from corpus.models import code_folder, device_of, load_processor, local_class, model_folder
 from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
-from corpus.settings import Settings, code_hash, config_of, processor_of, weights_of
+from corpus.rows import IdSet
+from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
 from corpus.sink import Sink
 from corpus.stages import check_pooling
 
@@ -133,6 +132,8 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         image_size=options.image_size,
         patches_per_batch=patches_per_batch,
         image_formats=formats,
+        max_image_bytes=options.max_image_bytes,
+        max_image_pixels=options.max_image_pixels,
         settings=settings,
     )
     return job, corpus

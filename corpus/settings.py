@@ -61,6 +61,22 @@ class Settings:
         return found
 
 
+@dataclass(frozen=True)
+class Job:
+    """`model` is a folder or an id of the Hub, whose commit is `revision`."""
+
+    model: str
+    revision: str | None
+    inputs: tuple[str, ...]
+    max_patches: int | None
+    image_size: int | None
+    patches_per_batch: int
+    image_formats: tuple[str, ...]
+    max_image_bytes: int
+    max_image_pixels: int
+    settings: Settings
+
+
 def shown(value: Any) -> str:
     """A hash shortened, anything else as it is."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)

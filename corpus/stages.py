@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import torch
 
-from corpus.job import Image, Job
 from corpus.models import load_model, load_processor, local_class, model_folder
-from corpus.rows import output_schema, stable_text
-from corpus.settings import config_of, processor_of, weights_of
+from corpus.rows import Image, output_schema, stable_text
+from corpus.settings import Job, config_of, processor_of, weights_of
 
 
 # So that a flood of errors is seen while it comes.

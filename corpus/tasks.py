@@ -7,10 +7,11 @@ from collections.abc import Container, Iterator
 
 import pyarrow as pa
 
-from corpus.job import Job, Part
+from corpus.inputs import Part
 from corpus.output import Output, Written, summary_of
 from corpus.readers import read
 from corpus.rows import IMAGE_SCHEMA, table_of
+from corpus.settings import Job
 
 
 # Of images on their way from one stage to the next; Ray joins small blocks and waits when too many lie about.

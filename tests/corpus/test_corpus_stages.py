@@ -12,8 +12,7 @@ import pytest
 import torch
 from corpora import IMAGES, OneByOne, archive_of, encoded_image, extract, write_images
 
-from corpus.ids import IdSet
-from corpus.rows import stable_text
+from corpus.rows import IdSet, stable_text
 
 
 def assert_is_mean(row: dict, encode: OneByOne, data: bytes) -> None:
