@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -81,7 +83,16 @@ def file_system(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 @cache
+def register_openers() -> None:
+    """All that PIL opens here. Each process has to: PIL's plugins are found on first use, pillow-heif is no plugin."""
+    PIL.Image.init()
+    if find_spec("pillow_heif"):
+        import_module("pillow_heif").register_heif_opener()
+
+
+@cache
 def image_suffixes(formats: tuple[str, ...]) -> frozenset[str]:
+    register_openers()
     return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
 
 
@@ -91,7 +102,7 @@ def has_image_name(name: str, formats: tuple[str, ...]) -> bool:
 
 def has_image_signature(start: bytes, formats: Iterable[str]) -> bool:
     """Whether a file that begins with these bytes, `SIGNATURE_BYTES` or more, is of one of the formats."""
-    PIL.Image.init()
+    register_openers()
     accepts = (PIL.Image.OPEN[name][1] for name in formats if name in PIL.Image.OPEN)
     # A string is PIL's reason why it cannot read what it knows.
     return any(accept is not None and accept(start) is True for accept in accepts)

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +32,15 @@ LOCK = "_lock"
 FIRST_IDS = 3
 
 
-class Written(NamedTuple):
-    """An unfinished file and what is in it; `errors` has the number and the first ids of each text."""
+class Counts(NamedTuple):
+    """What is in some rows; `errors` has the number and the first ids of each text."""
 
-    file: str
     images: int
     patches: int
     errors: dict[str, tuple[int, list[str]]]
+
+    def failed(self) -> int:
+        return sum(count for count, _ in self.errors.values())
 
 
 class Output:
@@ -81,18 +84,35 @@ class Output:
         names = (name.rsplit("/", 1)[-1] for name in self.fs.ls(self.path, detail=False))
         return sorted(name for name in names if name.endswith(".parquet") and not name.startswith(("_", ".")))
 
-    def read(self, file: str, columns: list[str] | None = None) -> pa.Table:
+    @contextmanager
+    def parquet(self, file: str) -> Iterator[pq.ParquetFile]:
         """
         Raises:
             ValueError: the file cannot be read.
         """
         try:
-            with self.fs.open(f"{self.path}/{file}", "rb") as opened:
-                return pq.ParquetFile(opened).read(columns=columns)
+            with self.fs.open(f"{self.path}/{file}", "rb") as opened, pq.ParquetFile(opened) as parquet:
+                yield parquet
         except (OSError, pa.ArrowException) as error:
             raise ValueError(
                 f"{file} of `--output` {self.location} cannot be read ({error}): delete it to redo its rows."
             ) from error
+
+    @cached_property
+    def schema(self) -> pa.Schema | None:
+        """Of the rows that were there before."""
+        for file in self.files():
+            with self.parquet(file) as parquet:
+                return parquet.schema_arrow
+        return None
+
+    def read(self, file: str, columns: list[str] | None = None) -> pa.Table:
+        """
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        with self.parquet(file) as parquet:
+            return parquet.read(columns=columns)
 
     def rows(self) -> Iterator[tuple[str, str, str | None]]:
         """The file, the id and the error of every row."""
@@ -122,6 +142,8 @@ class Output:
     def write(self, table: pa.Table, name: str | None = None) -> str:
         """Writes a file that is not yet part of the output."""
         name = name or f"{uuid.uuid4().hex}.parquet"
+        # An output that was begun with lists of a fixed size keeps them: readers want one schema.
+        table = table.cast(self.schema or table.schema)
         with self.fs.open(f"{self.path}/{UNFINISHED}/{name}", "wb") as file:
             # No value comes twice: a dictionary of them takes an eighth more.
             pq.write_table(table, file, use_dictionary=False)
@@ -166,13 +188,13 @@ class Output:
                 self.fs.rmdir(folder)
 
 
-def summary_of(table: pa.Table, file: str) -> Written:
+def counts_of(table: pa.Table) -> Counts:
     grids = np.array(table["grid_thw"].drop_null().to_pylist(), dtype=np.int64).reshape(-1, 3)
     failed = table.filter(table["error"].is_valid())
     errors: dict[str, tuple[int, list[str]]] = {}
     for id_, error in zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True):
         add_errors(errors, {error: (1, [id_])})
-    return Written(file, len(table), int(grids.prod(1).sum()), errors)
+    return Counts(len(table), int(grids.prod(1).sum()), errors)
 
 
 def add_errors(errors: dict[str, tuple[int, list[str]]], more: dict[str, tuple[int, list[str]]]) -> None:

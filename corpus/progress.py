@@ -8,7 +8,7 @@ from collections import deque
 
 from tqdm import tqdm
 
-from corpus.output import Written, add_errors
+from corpus.output import Counts, add_errors
 
 
 # Of the rate that is shown, and the names of a list that are printed.
@@ -32,11 +32,11 @@ class Progress:
         self.last = self.begun
         self.images = self.patches = self.errors = 0
 
-    def add(self, images: int, patches: int, errors: int) -> None:
+    def add(self, counts: Counts) -> None:
         now = time.perf_counter()
-        self.images += images
-        self.patches += patches
-        self.errors += errors
+        self.images += counts.images
+        self.patches += counts.patches
+        self.errors += counts.failed()
         self.samples.append((now, self.images, self.patches))
         if self.first is None:
             self.first = now, self.patches
@@ -44,7 +44,7 @@ class Progress:
         while len(self.samples) > 2 and self.samples[1][0] < now - WINDOW_SECONDS:
             self.samples.popleft()
         self.bar.set_postfix_str(self.described(), refresh=False)
-        self.bar.update(images)
+        self.bar.update(counts.images)
 
     def described(self) -> str:
         (start, images, patches), (stop, more_images, more_patches) = self.samples[0], self.samples[-1]
@@ -79,10 +79,10 @@ class Summary:
         self.images = self.patches = 0
         self.errors: dict[str, tuple[int, list[str]]] = {}
 
-    def add(self, written: Written) -> None:
-        self.images += written.images
-        self.patches += written.patches
-        add_errors(self.errors, written.errors)
+    def add(self, counts: Counts) -> None:
+        self.images += counts.images
+        self.patches += counts.patches
+        add_errors(self.errors, counts.errors)
 
     def lines(self) -> list[str]:
         if not self.errors:

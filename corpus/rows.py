@@ -57,7 +57,8 @@ def output_schema(embedding_size: int, patch_features: str | None, hidden_size: 
         pa.field("id", pa.string()),
         pa.field("error", pa.string()),
         pa.field("grid_thw", pa.list_(pa.int64())),
-        pa.field("embedding", pa.list_(pa.float32(), embedding_size)),
+        # Of any length: readers before pyarrow 26 take no null among lists of a fixed size.
+        pa.field("embedding", pa.list_(pa.float32()), metadata={"shape": f"({embedding_size},)"}),
     ]
     if patch_features:
         # Arrow has no bfloat16, and lists of half floats are slow to read and write.

@@ -26,11 +26,11 @@ def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     fs, path = fsspec.core.url_to_fs(output)
     if not fs.exists(path):
         raise FileNotFoundError(f"{output} does not exist: give what extract_features.py was given as --output.")
-    # What is no Parquet file begins with an underscore, and pyarrow passes over it.
+    # What is no Parquet file begins with a dot, and pyarrow passes over it.
     dataset = ds.dataset(path, filesystem=fs, format="parquet")
     table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
     column = table["embedding"].combine_chunks()
-    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
     return table["id"].to_pylist(), vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
