@@ -105,4 +105,4 @@ def write(sink: Sink) -> None:
     taken, rows = sink.take()
     if rows:
         tables, counts = zip(*taken, strict=True)
-        sink.publish(sink.output.write(pa.concat_tables(tables)), counts)
+        sink.publish(sink.output.write_rows(pa.concat_tables(tables)), counts)

@@ -21,6 +21,7 @@ class Options:
     image_column: str = "image"
     id_column: str | None = None
     retry_errors: bool = False
+    redo_changed: bool = False
     limit: int | None = None
     max_image_bytes: int = 2**29
     max_image_pixels: int = 160_000_000

@@ -8,6 +8,7 @@ from collections import deque
 
 from tqdm import tqdm
 
+from conversion.messages import printable
 from corpus.output import Counts, add_errors
 
 
@@ -107,4 +108,4 @@ def skipped_lines(skipped: list[tuple[str, str]], file: str) -> list[str]:
 
 
 def some(names: list[str], count: int) -> str:
-    return ", ".join(names) + (", ..." if count > len(names) else "")
+    return ", ".join(map(printable, names)) + (", ..." if count > len(names) else "")

@@ -18,6 +18,9 @@ PATCH_SCHEMA = pa.schema(
 )
 
 
+TOO_LARGE = "the file is larger than --max-image-bytes"
+
+
 class Image(NamedTuple):
     """The bytes of a file, or why there are none."""
 
@@ -29,11 +32,12 @@ class Image(NamedTuple):
 class IdSet:
     """A set of ids as 16 bytes each, which all workers of a machine share: the ids of a corpus fill its memory."""
 
-    def __init__(self, ids: Iterable[str] = ()):
-        digests = bytearray()
+    def __init__(self, ids: Iterable[str] = (), digests: bytes = b""):
+        """`digests` are those of more ids, end to end."""
+        joined = bytearray(digests)
         for id_ in ids:
-            digests += self.digest(id_)
-        self.sorted = np.sort(np.frombuffer(digests, dtype="S16"))
+            joined += self.digest(id_)
+        self.sorted = np.sort(np.frombuffer(joined, dtype="S16"))
 
     @staticmethod
     def digest(id_: str) -> bytes:

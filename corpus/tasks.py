@@ -35,7 +35,7 @@ def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> It
 
 def write(location: str, rows: int, *tables: pa.Table) -> str:
     """The task that writes: rows of the output to one file that is not yet part of it."""
-    return Output(location).write(pa.concat_tables(tables)[:rows])
+    return Output(location).write_rows(pa.concat_tables(tables)[:rows])
 
 
 def count(rows: int, table: pa.Table) -> Counts:

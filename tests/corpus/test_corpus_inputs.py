@@ -17,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "TIFF")
 
 def listed(source: object, output: object = "nowhere") -> tuple[str, list[str], dict[str, str]]:
     sources = source if isinstance(source, list) else [source]
-    corpus = corpus_of(tuple(map(str, sources)), str(output), FORMATS, "image", None)
+    corpus = corpus_of(tuple(map(str, sources)), str(output), FORMATS)
     return corpus.kind, [part.name for part in corpus.parts], dict(corpus.skipped)
 
 
@@ -112,7 +112,7 @@ def test_every_file_is_a_row_or_skipped(head_repo: Path, tmp_path: Path, monkeyp
                 break
     files = {file.name for file in source.iterdir()}
     rows = extract(head_repo, source, tmp_path / "out")
-    skipped = {line.split("\t")[0] for line in (tmp_path / "out/_skipped.txt").read_text().splitlines()}
+    skipped = {line.split("\t")[0] for line in (tmp_path / "out/.skipped.txt").read_text().splitlines()}
     assert rows.keys() | skipped == files and not rows.keys() & skipped
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"):
         for name in (f"{form}.{form.lower()}", f"{form}.jpg", form):
