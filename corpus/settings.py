@@ -13,6 +13,8 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import constants
 
+from conversion.messages import printable
+
 
 # Of config.json: what says nothing about the features.
 VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
@@ -95,15 +97,19 @@ def processor_of(processor: Any) -> dict[str, Any]:
 
 def weights_of(folder: str) -> str:
     """
-    Hash of all files of weights in a folder.
+    Hash of the files of weights that transformers reads in a folder.
 
     Raises:
         ValueError: there are none.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no weights (.safetensors).")
-    return hashlib.sha256(json.dumps({file.name: file_hash(file) for file in files}).encode()).hexdigest()
+    names = ["model.safetensors"]
+    index = Path(folder, "model.safetensors.index.json")
+    if not Path(folder, names[0]).exists() and index.exists():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    missing = [name for name in names if not Path(folder, name).is_file() or os.path.basename(name) != name]
+    if missing:
+        raise ValueError(f"{printable(folder)} has no weights (.safetensors): {printable(missing[0])} is not there.")
+    return hashlib.sha256(json.dumps({name: file_hash(Path(folder, name)) for name in names}).encode()).hexdigest()
 
 
 def file_hash(file: Path) -> str:

@@ -112,9 +112,9 @@ def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[
 
 def mean(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features = model(hidden_states, grids).last_hidden_state
-    lengths = grids.prod(1).to(features.device, non_blocking=True)
-    # Unsafe: the checks would wait for the device.
-    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True), features
+    cu_seqlens = torch.nn.functional.pad(grids.prod(1).cumsum(0), (1, 0)).to(features.device, non_blocking=True)
+    mean_over_segments = local_class("layout_aimv2_packing.mean_over_segments")
+    return mean_over_segments(features.float(), cu_seqlens), features
 
 
 def projection(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
