@@ -72,12 +72,12 @@ def changed_line(done: Done, redo_changed: bool) -> str:
     return f"{len(done.changed):,} files of the input changed since their rows were made, such as {first}; {step}."
 
 
-def note_redone(output: Output, corpus: Corpus, done: Done, failed: set[str], is_complete: bool) -> None:
+def note_redone(output: Output, corpus: Corpus, done: Done, is_complete: bool) -> None:
     """
     After the rows were done again: what is left is of images that are in their files no more, and goes, unless an
-    archive could not be read to its end. `failed` are the ids of errors of this run.
+    archive could not be read to its end.
     """
-    gone = {id_: file for id_, file in done.retried.items() if corpus.file_of(id_) not in failed}
+    gone = {id_: file for id_, file in done.retried.items() if corpus.file_of(id_) not in output.failed}
     if is_complete and gone:
         output.remove(gone)
         print(f"{len(gone):,} rows of images that are no longer in their files were removed.")

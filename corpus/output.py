@@ -55,6 +55,7 @@ class Output:
         self.shown = shown((location,))
         self.fs, path = file_system(location)
         self.path = path.rstrip("/")
+        self.failed: set[str] = set()
 
     @property
     def is_local(self) -> bool:
@@ -223,17 +224,14 @@ class Output:
         """As `write`. An output that was begun with lists of a fixed size keeps them: readers want one schema."""
         return self.write(table.cast(self.schema or table.schema))
 
-    def publish(self, name: str, retried: dict[str, str]) -> set[str]:
+    def publish(self, name: str, retried: dict[str, str]) -> None:
         """
         Makes an unfinished file part of the output. Rows that were done again, `{id: file}`, take the place of the old
-        ones in their own files, one rename each, and leave `retried`.
-
-        Returns:
-            `set` of `str`: The ids of the rows with an error, where there are rows that are done again.
+        ones in their own files, one rename each, and leave `retried`; `failed` gets the ids of those with an error.
         """
         if not retried:
             self.move(name)
-            return set()
+            return
         table = self.read(f"{UNFINISHED}/{name}")
         targets = [retried.get(id_) for id_ in table["id"].to_pylist()]
         new = table.filter(pa.array([target is None for target in targets]))
@@ -245,7 +243,7 @@ class Output:
             self.replace(file, ids, replacing)
             for id_ in ids:
                 del retried[id_]
-        return set(table.filter(table["error"].is_valid())["id"].to_pylist())
+        self.failed |= set(table.filter(table["error"].is_valid())["id"].to_pylist())
 
     def replace(self, file: str, ids: set[str], rows: pa.Table | None = None) -> None:
         """Puts rows in the place of those with some ids, or nothing."""

@@ -78,7 +78,7 @@ def run(options: Options) -> None:
             finally:
                 progress.close()
                 if options.retry_errors or options.redo_changed:
-                    note_redone(output, corpus, done, sink.failed, is_complete)
+                    note_redone(output, corpus, done, is_complete)
                 print(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
                 print("\n".join([*summary.lines(), f"{len(done.ids):,} were done before."]))
             if missing is not None and wanted is not None and summary.images < wanted:

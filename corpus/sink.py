@@ -32,7 +32,6 @@ class Sink:
 
     def __post_init__(self) -> None:
         self.accepted = 0
-        self.failed: set[str] = set()
         self.clear()
 
     def clear(self) -> None:
@@ -69,6 +68,6 @@ class Sink:
 
     def publish(self, file: str, counts: Iterable[Counts]) -> None:
         """Makes an unfinished file part of the output."""
-        self.failed |= self.output.publish(file, self.retried)
+        self.output.publish(file, self.retried)
         for count in counts:
             self.summary.add(count)
