@@ -10,12 +10,13 @@ from types import ModuleType
 import torch
 from PIL import Image
 
+from conversion.local_code import CODE_FOLDER, local_class
 from conversion.messages import printable, without_credentials
 from corpus import in_process
 from corpus.done import changed_line, done_of, note_redone
 from corpus.inputs import Corpus, corpus_of
 from corpus.interrupts import Interrupts
-from corpus.models import code_folder, device_of, load_processor, local_class, model_folder
+from corpus.models import device_of, load_processor, model_folder
 from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
@@ -160,7 +161,7 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
         "model": options.model,
         "commit": job.revision,
         "input": [without_credentials(location) for location in job.inputs],
-        "code": code_hash(code_folder()),
+        "code": code_hash(CODE_FOLDER),
     }
     if output.files():
         if record is None:

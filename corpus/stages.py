@@ -14,7 +14,8 @@ import PIL.Image
 import pyarrow as pa
 import torch
 
-from corpus.models import load_model, load_processor, local_class, model_folder
+from conversion.local_code import local_class
+from corpus.models import load_model, load_processor, model_folder
 from corpus.rows import Image, output_schema, stable_text
 from corpus.settings import Job, config_of, processor_of, weights_of
 
