@@ -14,7 +14,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from corpus.inputs import SIGNATURE_BYTES, Part, file_system, has_image_name, has_image_signature, utf8_name
-from corpus.rows import TOO_LARGE, Image, stable_text
+from corpus.rows import TOO_LARGE, Image, detail_of
 from corpus.settings import Job
 
 
@@ -192,7 +192,7 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
                 if not is_named:
                     images_without_suffix.add(member.name)
                 if member.size > job.max_image_bytes:
-                    yield Image(id_, stable_text(ValueError(TOO_LARGE)), None)
+                    yield Image(id_, detail_of(ValueError(TOO_LARGE)), None)
                     continue
                 data += opened.read(member.size - len(data))
                 if len(data) < member.size:
@@ -200,7 +200,7 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
             except Exception as error:
                 # The archive has its own error too.
                 if is_named:
-                    yield Image(id_, stable_text(error), None)
+                    yield Image(id_, detail_of(error), None)
                 raise
             yield Image(id_, None, data)
 

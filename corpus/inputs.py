@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -69,6 +69,14 @@ class Corpus:
             return name if name in self.stamps else None
         parents = (str(parent) for parent in PurePosixPath(id_).parents)
         return next((parent for parent in parents if parent in self.stamps), None)
+
+    def position(self) -> Callable[[str], str] | None:
+        """Says of an id which of the archives or Parquet files it comes from, such as "archive 3 of 6"."""
+        if self.kind == "image" or self.ids is not None:
+            return None
+        numbers = {name: number for number, name in enumerate(sorted(self.stamps), start=1)}
+        kind = "archive" if self.kind == "archive" else "file"
+        return lambda id_: f"{kind} {numbers.get(self.file_of(id_) or '', 0)} of {len(numbers)}"
 
     def holds(self, id_: str) -> bool:
         """Whether this input has an image of that id; of an archive's member, whether it has the archive."""

@@ -38,11 +38,12 @@ FIRST_IDS = 3
 
 
 class Counts(NamedTuple):
-    """What is in some rows; `errors` has the number and the first ids of each text."""
+    """What is in some rows; `errors` has the number and the first ids of each text, `last_id` is of the last row."""
 
     images: int
     patches: int
     errors: dict[str, tuple[int, list[str]]]
+    last_id: str
 
     def failed(self) -> int:
         return sum(count for count, _ in self.errors.values())
@@ -222,7 +223,10 @@ class Output:
 
     def write_rows(self, table: pa.Table) -> str:
         """As `write`. An output that was begun with lists of a fixed size keeps them: readers want one schema."""
-        return self.write(table.cast(self.schema or table.schema))
+        if self.schema is not None:
+            # One of before error_detail has no such column.
+            table = table.select(self.schema.names).cast(self.schema)
+        return self.write(table)
 
     def publish(self, name: str, retried: dict[str, str]) -> None:
         """
@@ -283,7 +287,7 @@ def counts_of(table: pa.Table) -> Counts:
     errors: dict[str, tuple[int, list[str]]] = {}
     for id_, error in zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True):
         add_errors(errors, {error: (1, [id_])})
-    return Counts(len(table), int(grids.prod(1).sum()), errors)
+    return Counts(len(table), int(grids.prod(1).sum()), errors, table["id"][-1].as_py() if len(table) else "")
 
 
 def add_errors(errors: dict[str, tuple[int, list[str]]], more: dict[str, tuple[int, list[str]]]) -> None:

@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from corpus.archives import read_archive
 from corpus.inputs import InputError, Part, bare, file_system, shown
-from corpus.rows import TOO_LARGE, Image, stable_text
+from corpus.rows import TOO_LARGE, Image, detail_of
 from corpus.settings import Job
 from corpus.tables import read_row_group
 
@@ -40,7 +40,7 @@ def read(parts: Iterable[Part], kind: str, job: Job, done: Container[str]) -> It
         except Exception as error:
             check_input(job, part)
             if part.name not in done:
-                yield Image(part.name, stable_text(error), None)
+                yield Image(part.name, detail_of(error), None)
 
 
 def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
@@ -57,9 +57,9 @@ def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
                 data = found.get(part)
                 if isinstance(data, Exception):
                     check_input(job, part)
-                    yield Image(part.name, stable_text(data), None)
+                    yield Image(part.name, detail_of(data), None)
                 elif data is None or len(data) > job.max_image_bytes:
-                    yield Image(part.name, stable_text(ValueError(TOO_LARGE)), None)
+                    yield Image(part.name, detail_of(ValueError(TOO_LARGE)), None)
                 else:
                     yield Image(part.name, None, data)
 
@@ -89,7 +89,7 @@ def check_input(job: Job, part: Part) -> None:
     try:
         there = has_entries(fs, root)
     except Exception as error:
-        raise InputError(f"`--input` {location} can no longer be read ({stable_text(error)}).") from error
+        raise InputError(f"`--input` {location} can no longer be read ({detail_of(error)}).") from error
     if not there:
         raise InputError(f"`--input` {location} is no longer there.")
 

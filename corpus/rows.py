@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from conversion.messages import without_credentials
+
 
 IMAGE_SCHEMA = pa.schema({"id": pa.string(), "error": pa.string(), "image": pa.large_binary()})
 PATCH_SCHEMA = pa.schema(
@@ -60,6 +62,7 @@ def output_schema(embedding_size: int, patch_features: str | None, hidden_size: 
     fields = [
         pa.field("id", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("error_detail", pa.string()),
         pa.field("grid_thw", pa.list_(pa.int64())),
         # Of any length: readers before pyarrow 26 take no null among lists of a fixed size.
         pa.field("embedding", pa.list_(pa.float32()), metadata={"shape": f"({embedding_size},)"}),
@@ -77,13 +80,19 @@ def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def stable_text(error: BaseException) -> str:
-    """
-    The kind and the message of an error without what differs from image to image, so that a query of the Parquet files
-    groups them: no path, no memory address, N for each number.
-    """
+def detail_of(error: BaseException) -> str:
+    """The kind and the message of an error, without paths, addresses in memory and what is secret in URLs."""
     message = getattr(error, "strerror", None) or str(error)
     message = re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", message)
-    message = re.sub(r"\b\d+", "N", " ".join(message.split()))
+    message = without_credentials(" ".join(message.split()))
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def groupable(detail: str) -> str:
+    """A text with N for each number, so that a query of the Parquet files groups what differs from image to image."""
+    return re.sub(r"\b\d+", "N", detail)
+
+
+def stable_text(error: BaseException) -> str:
+    return groupable(detail_of(error))

@@ -69,7 +69,8 @@ def run(options: Options) -> None:
             # None where the members of archives are not counted.
             wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
             summary = Summary()
-            progress = Progress(wanted, 0) if options.limit else Progress(corpus.total, len(done.ids))
+            total, before = (wanted, 0) if options.limit else (corpus.total, len(done.ids))
+            progress = Progress(total, before, corpus.position())
             seconds = options.flush_minutes * 60
             sink = Sink(output, done.retried, options.rows_per_file, seconds, progress, summary, options.limit)
             is_complete = False

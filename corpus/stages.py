@@ -16,7 +16,7 @@ import torch
 
 from conversion.local_code import local_class
 from corpus.models import load_model, load_processor, model_folder
-from corpus.rows import Image, output_schema, stable_text
+from corpus.rows import Image, detail_of, groupable, output_schema
 from corpus.settings import Job, config_of, processor_of, weights_of
 
 
@@ -82,7 +82,7 @@ class Preparer:
         # The decoders of PIL raise anything on a broken file.
         except Exception as failure:
             too_large = isinstance(failure.__cause__, PIL.Image.DecompressionBombError)
-            return Prepared(image.id, TOO_MANY_PIXELS if too_large else stable_text(failure))
+            return Prepared(image.id, TOO_MANY_PIXELS if too_large else detail_of(failure))
         return Prepared(image.id, None, features["hidden_states"].to(self.dtype), features["grid_thw"][0])
 
 
@@ -218,7 +218,9 @@ class Encoder:
                 parts = encoded.features.cpu().view(torch.uint8).split(lengths)
                 columns["patch_features"] = pa.array([parts[i].numpy().tobytes() for i in good], pa.large_binary())
         columns["id"] = pa.array(ids + [id_ for id_, _ in failed], pa.string())
-        columns["error"] = pa.array([None] * len(ids) + [error for _, error in failed], pa.string())
+        details = [None] * len(ids) + [error for _, error in failed]
+        columns["error_detail"] = pa.array(details, pa.string())
+        columns["error"] = pa.array([detail and groupable(detail) for detail in details], pa.string())
         arrays = []
         for field in self.schema:
             column = columns.get(field.name, pa.nulls(0, field.type))

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from conversion.messages import printable
 from corpus.inputs import Corpus, InputError, Part, bare, file_system
-from corpus.rows import TOO_LARGE, IdSet, Image, stable_text
+from corpus.rows import TOO_LARGE, IdSet, Image, detail_of
 from corpus.settings import Job
 
 
@@ -185,10 +185,10 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
                         yield image_of(id_, value, part, fs, job.max_image_bytes)
             # What decompresses and parses raises more than OSError.
             except Exception as error:
-                text = stable_text(error)
+                text = detail_of(error)
                 yield from (Image(id_, text, None) for id_ in remaining if id_ not in done)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {stable_text(error)}.") from error
+        raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {detail_of(error)}.") from error
 
 
 def values_of(parquet: pq.ParquetFile, group: int, column: str, max_image_bytes: int) -> Iterator[pa.Scalar]:
@@ -233,7 +233,7 @@ def image_of(id_: str, value: pa.Scalar, part: Part, fs: fsspec.AbstractFileSyst
             raise ValueError("the image must be bytes or a path, got NoneType")
         return Image(id_, None, file_at(path, part, fs, max_image_bytes))
     except Exception as error:
-        return Image(id_, stable_text(error), None)
+        return Image(id_, detail_of(error), None)
 
 
 def file_at(path: str, part: Part, fs: fsspec.AbstractFileSystem, max_image_bytes: int) -> bytes:
