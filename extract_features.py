@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         help="by default the projection of an image-text model, else the head, else the mean over patches",
     )
     group.add_argument("--patch-features", choices=["float16", "bfloat16"], help="also write the feature of each patch")
+    group.add_argument("--embedding-dtype", choices=["float32", "float16"], help="of the embeddings (%(default)s)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (%(default)s)")
     group.add_argument("--max-patches", type=positive, help="of one image, instead of the image processor's")
     group.add_argument("--image-size", type=positive, help="resize and crop each image to a square of this side")

@@ -15,6 +15,7 @@ class Options:
     revision: str | None = None
     pooling: str | None = None
     patch_features: str | None = None
+    embedding_dtype: str = "float32"
     dtype: str = "float32"
     max_patches: int | None = None
     image_size: int | None = None

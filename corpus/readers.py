@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from corpus.archives import read_archive
 from corpus.inputs import InputError, Part, bare, file_system, shown
-from corpus.rows import TOO_LARGE, Image, detail_of
+from corpus.rows import TOO_LARGE, Image, detail_of, stable_text
 from corpus.settings import Job
 from corpus.tables import read_row_group
 
@@ -89,7 +89,7 @@ def check_input(job: Job, part: Part) -> None:
     try:
         there = has_entries(fs, root)
     except Exception as error:
-        raise InputError(f"`--input` {location} can no longer be read ({detail_of(error)}).") from error
+        raise InputError(f"`--input` {location} can no longer be read ({stable_text(error)}).") from error
     if not there:
         raise InputError(f"`--input` {location} is no longer there.")
 

@@ -58,20 +58,24 @@ class IdSet:
         return bool((self.sorted[1:] == self.sorted[:-1]).any())
 
 
-def output_schema(embedding_size: int, patch_features: str | None, hidden_size: int) -> pa.Schema:
+def output_schema(
+    embedding_size: int, embedding_dtype: str, patch_features: str | None, hidden_size: int, metadata: dict[str, str]
+) -> pa.Schema:
+    """`metadata` is what a file says of how its rows were made."""
+    number = pa.float16() if embedding_dtype == "float16" else pa.float32()
     fields = [
         pa.field("id", pa.string()),
         pa.field("error", pa.string()),
         pa.field("error_detail", pa.string()),
         pa.field("grid_thw", pa.list_(pa.int64())),
         # Of any length: readers before pyarrow 26 take no null among lists of a fixed size.
-        pa.field("embedding", pa.list_(pa.float32()), metadata={"shape": f"({embedding_size},)"}),
+        pa.field("embedding", pa.list_(number), metadata={"shape": f"({embedding_size},)"}),
     ]
     if patch_features:
         # Arrow has no bfloat16, and lists of half floats are slow to read and write.
-        metadata = {"dtype": patch_features, "shape": f"(t, h, w, {hidden_size})"}
-        fields.append(pa.field("patch_features", pa.large_binary(), metadata=metadata))
-    return pa.schema(fields)
+        of_patches = {"dtype": patch_features, "shape": f"(t, h, w, {hidden_size})"}
+        fields.append(pa.field("patch_features", pa.large_binary(), metadata=of_patches))
+    return pa.schema(fields, {f"aimv2_packing.{name}": value for name, value in metadata.items()})
 
 
 def table_of(rows: list[tuple], schema: pa.Schema) -> pa.Table:

@@ -134,6 +134,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         patch_features=options.patch_features,
         image_column=options.image_column if is_parquet else None,
         id_column=options.id_column if is_parquet else None,
+        embedding_dtype=options.embedding_dtype,
     )
     job = Job(
         model=folder if commit is None else options.model,

@@ -49,12 +49,14 @@ class Settings:
     patch_features: str | None
     image_column: str | None
     id_column: str | None
+    embedding_dtype: str = "float32"
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What is not the same in a record of other settings, each as "NAME is VALUE, was VALUE"."""
         found = []
         for name, value in vars(self).items():
-            was = other.get(name)
+            # An output of before a setting was there has its default.
+            was = other.get(name, getattr(type(self), name, None))
             if isinstance(value, dict) and isinstance(was, dict):
                 keys = sorted(key for key in value.keys() | was.keys() if value.get(key) != was.get(key))
                 found += [f"{name}.{key} is {value.get(key)!r}, was {was.get(key)!r}" for key in keys]

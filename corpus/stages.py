@@ -3,6 +3,7 @@
 """Images to packed batches, and packed batches to rows of the output."""
 
 import io
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -164,7 +165,18 @@ class Encoder:
         config = self.model.config
         hidden_size = getattr(config, "vision_config", config).hidden_size
         embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
-        self.schema = output_schema(embedding_size, job.settings.patch_features, hidden_size)
+        metadata = {
+            # Paths are of one machine.
+            "model": job.model if job.revision else os.path.basename(job.model),
+            "commit": job.revision or "",
+            "weights": job.settings.weights,
+            "pooling": job.settings.pooling,
+            "dtype": job.settings.dtype,
+            "patch_size": str(getattr(config, "vision_config", config).patch_size),
+        }
+        self.schema = output_schema(
+            embedding_size, job.settings.embedding_dtype, job.settings.patch_features, hidden_size, metadata
+        )
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
         # A device that computes on its own works on one batch while the one before becomes a table.
@@ -189,7 +201,7 @@ class Encoder:
                 f"The device has no memory for {len(hidden_states)} patches at once: give a smaller "
                 "--patches-per-batch and run again."
             ) from error
-        embeddings = embeddings.float()
+        embeddings = embeddings.to(getattr(torch, self.settings.embedding_dtype))
         are_finite = embeddings.isfinite().all(1)
         if self.settings.patch_features is None:
             return Encoded(embeddings, are_finite)
@@ -202,7 +214,8 @@ class Encoder:
         ids: list[str] = []
         if encoded is not None:
             lengths = batch.grids.prod(1).tolist()
-            errors = [None if is_finite else self.not_finite("dtype") for is_finite in encoded.are_finite.tolist()]
+            setting = "dtype" if self.settings.dtype == "float16" else "embedding_dtype"
+            errors = [None if is_finite else self.not_finite(setting) for is_finite in encoded.are_finite.tolist()]
             if encoded.features is not None and encoded.patches_are_finite is not None:
                 for index, part in enumerate(encoded.patches_are_finite.cpu().split(lengths)):
                     if errors[index] is None and not part.all():
@@ -231,13 +244,14 @@ class Encoder:
     def not_finite(self, setting: str) -> str:
         """Why features that are infinite or NaN are none, and what to do."""
         dtype = getattr(self.settings, setting)
-        step = f": give --{setting.replace('_', '-')} bfloat16 and another output" if dtype == "float16" else ""
+        other = "float32" if setting == "embedding_dtype" else "bfloat16"
+        step = f": give --{setting.replace('_', '-')} {other} and another output" if dtype == "float16" else ""
         return f"ValueError: the features are not finite in {dtype}{step}"
 
 
 class Encoded(NamedTuple):
     """
-    `embeddings` float32 (num_images, embedding_size), `are_finite` bool (num_images,), `features` of all patches
+    `embeddings` (num_images, embedding_size), `are_finite` bool (num_images,), `features` of all patches
     (num_patches, hidden_size) with `patches_are_finite` bool (num_patches,).
     """
 

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from conversion.messages import printable
 from corpus.inputs import Corpus, InputError, Part, bare, file_system
-from corpus.rows import TOO_LARGE, IdSet, Image, detail_of
+from corpus.rows import TOO_LARGE, IdSet, Image, detail_of, stable_text
 from corpus.settings import Job
 
 
@@ -188,7 +188,7 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
                 text = detail_of(error)
                 yield from (Image(id_, text, None) for id_ in remaining if id_ not in done)
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {detail_of(error)}.") from error
+        raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {stable_text(error)}.") from error
 
 
 def values_of(parquet: pq.ParquetFile, group: int, column: str, max_image_bytes: int) -> Iterator[pa.Scalar]:

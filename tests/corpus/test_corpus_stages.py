@@ -3,6 +3,7 @@
 """From every kind of input to rows, compared with the model run on one image at a time."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,44 @@ def test_embeddings_are_lists_that_old_readers_take(head_repo: Path, tmp_path: P
     assert {pq.read_schema(file).field("embedding").type for file in output.glob("*.parquet")} == {
         pa.list_(pa.field("element", pa.float32()), size)
     }
+
+
+def test_float16_embeddings_are_those_of_float32(head_repo: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "in")
+    exact = extract(head_repo, source, tmp_path / "exact")
+    rows = extract(head_repo, source, tmp_path / "half", embedding_dtype="float16")
+    for name, row in exact.items():
+        expected = np.array(row["embedding"], np.float32).astype(np.float16)
+        np.testing.assert_array_equal(np.array(rows[name]["embedding"], np.float16), expected)
+    with pytest.raises(ValueError, match="embedding_dtype is 'float32', was 'float16'"):
+        extract(head_repo, source, tmp_path / "half")
+
+
+def test_embeddings_that_float16_does_not_hold(head_repo: Path, tmp_path: Path) -> None:
+    repo = copy_of(head_repo, tmp_path / "model")
+    weights = load_file(repo / "model.safetensors")
+    weights["rms_norm.weight"] = weights["rms_norm.weight"] * 6e5
+    save_file(weights, repo / "model.safetensors", {"format": "pt"})
+    source = write_images(tmp_path / "in", {"a.png": IMAGES["0.png"]})
+    row = extract(repo, source, tmp_path / "out", pooling="mean", embedding_dtype="float16")["a.png"]
+    assert row["error"] == (
+        "ValueError: the features are not finite in float16: give --embedding-dtype float32 and another output"
+    )
+
+
+def test_files_say_what_made_them(head_repo: Path, tmp_path: Path) -> None:
+    source, output = write_images(tmp_path / "in", {"bad.png": b"no image"}), tmp_path / "out"
+    extract(head_repo, source, output, pooling="mean")
+    write_images(source, {**IMAGES, "bad.png": IMAGES["0.png"]})
+    extract(head_repo, source, output, pooling="mean", retry_errors=True)
+    record = json.loads((output / ".settings.json").read_text())
+    for file in output.glob("*.parquet"):
+        metadata = {key.decode(): value.decode() for key, value in pq.read_schema(file).metadata.items()}
+        assert metadata == {
+            "aimv2_packing.model": head_repo.name,
+            "aimv2_packing.commit": "",
+            "aimv2_packing.weights": record["weights"],
+            "aimv2_packing.pooling": "mean",
+            "aimv2_packing.dtype": "float32",
+            "aimv2_packing.patch_size": str(record["config"]["patch_size"]),
+        }
