@@ -31,11 +31,9 @@ def minutes(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Features of a corpus of images, written as Parquet.")
-    parser.add_argument("--model", required=True, help="model repo: a folder or an id on the Hub")
+    parser.add_argument("--model", help="model repo: a folder or an id on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
-    parser.add_argument(
-        "--input", required=True, nargs="+", help="images, .parquet or WebDataset .tar: folders, files, globs or URLs"
-    )
+    parser.add_argument("--input", nargs="+", help="images, .parquet or WebDataset .tar: folders, files, globs or URLs")
     parser.add_argument("--output", required=True, help="folder or URL for the Parquet files; run again to resume")
     parser.add_argument("--retry-errors", action="store_true", help="try images again whose row holds an error")
     parser.add_argument(
@@ -44,6 +42,13 @@ def parse_arguments() -> argparse.Namespace:
         help="do the rows again of files that changed since: a size or time differs",
     )
     parser.add_argument("--limit", type=positive, help="encode at most this many images in this run")
+
+    group = parser.add_argument_group(
+        "jobs that share an input, such as those of a SLURM array, each of them a shard of OUTPUT"
+    )
+    group.add_argument("--num-shards", type=positive, help="of the input")
+    group.add_argument("--shard-index", type=int, help="of this job, from 0")
+    group.add_argument("--status", action="store_true", help="say which shards of --output are complete, and stop")
 
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -79,16 +84,25 @@ def parse_arguments() -> argparse.Namespace:
             if field.default is not dataclasses.MISSING
         }
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not arguments.status and (arguments.model is None or arguments.input is None):
+        parser.error("the following arguments are required: --model, --input")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     resume = "Run the same command again to resume."
     try:
+        options = vars(arguments)
+        if options.pop("status"):
+            from corpus.shards import status_lines
+
+            print("\n".join(status_lines(arguments.output)))
+            return
         from corpus.run import run
 
-        run(Options(**vars(arguments)))
+        run(Options(**options))
     except ModuleNotFoundError as error:
         sys.exit(f"extract_features.py: {error.name} is not installed: pip install -r requirements-scale.txt")
     except KeyboardInterrupt:

@@ -24,6 +24,8 @@ class Options:
     retry_errors: bool = False
     redo_changed: bool = False
     limit: int | None = None
+    num_shards: int | None = None
+    shard_index: int | None = None
     max_image_bytes: int = 2**29
     max_image_pixels: int = 160_000_000
     device: str | None = None

@@ -21,6 +21,7 @@ from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
 from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
+from corpus.shards import keep_shard, mark_complete, output_of, unmark
 from corpus.sink import Sink
 from corpus.stages import check_pooling
 from corpus.tables import add_rows
@@ -48,7 +49,7 @@ def run(options: Options) -> None:
         # Or what still runs when a failed run ends would start Ray once more.
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         engine = import_module("corpus.on_ray")
-    output = Output(options.output)
+    output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
     with Interrupts() as interrupts, output.opened():
         note_settings(output, job, corpus, options)
@@ -63,8 +64,9 @@ def run(options: Options) -> None:
             parts = [part for part in parts if part.name not in done.ids][: options.limit]
         missing = None if corpus.total is None else corpus.total - len(done.ids)
         skipped = skipped_lines(corpus.skipped, f"{output.shown.rstrip('/')}/{SKIPPED}")
-        if missing == 0:
-            print(f"All {corpus.total:,} images were done before.")
+        is_shard, is_complete = options.num_shards is not None, True
+        if missing == 0 or not parts:
+            print(f"All {corpus.total or 0:,} images were done before.")
         else:
             # None where the members of archives are not counted.
             wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
@@ -74,6 +76,8 @@ def run(options: Options) -> None:
             seconds = options.flush_minutes * 60
             sink = Sink(output, done.retried, options.rows_per_file, seconds, progress, summary, options.limit)
             is_complete = False
+            if is_shard:
+                unmark(output)
             try:
                 engine.encode(job, corpus.kind, parts, done.ids, options, sink, interrupts)
                 is_complete = not sink.is_full()
@@ -88,6 +92,8 @@ def run(options: Options) -> None:
                     f"{wanted - summary.images:,} images of the input have no row, because the input has changed or a "
                     "worker was lost: run again."
                 )
+        if is_shard and is_complete:
+            mark_complete(output)
         if done.failed and not options.retry_errors:
             print(f"{done.failed:,} rows from before hold an error; --retry-errors tries them again.")
         if skipped:
@@ -124,7 +130,12 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     corpus = corpus_of(inputs, options.output, formats)
     is_parquet = corpus.kind == "parquet"
     if is_parquet:
+        if options.num_shards is not None and options.id_column is None:
+            keep_shard(corpus, options.num_shards, options.shard_index or 0)
+        # An id may come twice in files of different shards.
         add_rows(corpus, inputs, options.image_column, options.id_column)
+    if options.num_shards is not None:
+        keep_shard(corpus, options.num_shards, options.shard_index or 0)
     settings = Settings(
         weights=weights_of(folder),
         config=config_of(folder),
