@@ -20,6 +20,8 @@ from corpora import IMAGES, archive_of, encoded_image, extract, rows_of, write_i
 from test_corpus_faults import KilledError, Killer
 
 import extract_features
+from corpus.options import Options
+from corpus.run import run
 from corpus.shards import name_of, shard_of, status_lines
 
 
