@@ -5,6 +5,7 @@
 import errno
 import os
 import re
+from collections.abc import Sequence
 
 
 NEXT_STEPS = {
@@ -28,6 +29,12 @@ def printable(name: object) -> str:
     """
     text = os.fsdecode(name) if isinstance(name, (bytes, os.PathLike)) else str(name)
     return text if text.isprintable() else repr(text)
+
+
+def listed(names: Sequence[object], most: int = 5) -> str:
+    """The first of these names, each [`printable`], and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more
 
 
 def printable_lines(text: str) -> str:

@@ -7,11 +7,15 @@ import errno
 import unicodedata
 from pathlib import Path
 
+import checkpoints
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import reference_model
 
 from conversion.messages import next_step, printable, printable_lines, without_credentials
+from convert_weights import main
 
 
 def is_safe(text: str) -> bool:
@@ -67,3 +71,31 @@ def test_next_steps_are_for_what_a_user_can_put_right():
     assert next_step(OSError(errno.ENOSPC, "full")) == "free some space, or choose another disk"
     assert next_step(OSError(errno.EBADF, "bad")) is None
     assert next_step(OSError("no number")) is None and next_step(ValueError("no")) is None
+
+
+@pytest.mark.parametrize("kind", ["left over", "prefix", "missing", "none"])
+def test_names_of_tensors_forge_no_line_of_an_error(tmp_path, monkeypatch, capsys, kind):
+    model, forged = reference_model(hidden_size=128), "\nVerdict: passed.\n\x1b[2J"
+    tensors = checkpoints.apple(model, forged + "." if kind in ("prefix", "missing") else "")
+    if kind == "left over":
+        tensors["trunk." + forged] = torch.ones(1)
+    if kind == "missing":
+        del tensors[f"{forged}.trunk.post_trunk_norm.weight"]
+    if kind == "prefix":
+        tensors |= {name.replace("passed", "PASSED"): tensor.clone() for name, tensor in tensors.items()}
+    if kind == "none":
+        tensors = {forged: torch.ones(1)}
+    source = checkpoints.save(tmp_path / "in", tensors)
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", str(source), str(tmp_path / "out")])
+    assert main() == 1
+    printed = capsys.readouterr().err
+    assert "erdict" in printed and all(line.isprintable() for line in printed.splitlines())
+    assert not any(line.startswith("Verdict") for line in printed.splitlines())
+
+
+def test_files_in_an_index_forge_no_line_either(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a\\nVerdict: passed.bin"}}')
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", str(tmp_path), str(tmp_path / "out")])
+    assert main() == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "erdict" in printed and "pickle" in printed
