@@ -214,7 +214,7 @@ class Aimv2PackingEmbeddings(nn.Module):
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
         table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
-        table = table.to(layout.interp_weights.device, torch.promote_types(table.dtype, torch.float32))
+        table = table.to(layout.cu_seqlens.device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
