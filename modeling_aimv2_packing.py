@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
+from .checkpointing_aimv2_packing import Aimv2PackingCheckpointingLayer
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
@@ -40,6 +40,7 @@ from .layout_aimv2_packing import (
     with_runs,
     zero_if_of_one_length,
 )
+from .loading_aimv2_packing import refuse_random_weights
 
 
 # Attention
@@ -213,8 +214,9 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
-        table = table.to(layout.interp_weights.device, torch.promote_types(table.dtype, torch.float32))
+        device = layout.cu_seqlens.device
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=device))
+        table = table.to(device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
@@ -255,9 +257,10 @@ class Aimv2PackingMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
+class Aimv2PackingEncoderLayer(Aimv2PackingCheckpointingLayer):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
+        self.config = config
         self.attention = Aimv2PackingAttention(config)
         self.ffn = Aimv2PackingMLP(config)
         self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -332,29 +335,6 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
-
-
-def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_initialized: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
-            module of theirs is in `newly_initialized`.
-    """
-    random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
-    missing = sorted(
-        name for name in random if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
-    )
-    if not missing:
-        return
-    advice = (
-        "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
-        if all(name.startswith("head.") for name in missing)
-        else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
-    )
-    raise ValueError(
-        f"{source} is no checkpoint of {cls.__name__} with this configuration: it lacks {len(missing)} weights, "
-        f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
-    )
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
