@@ -35,7 +35,7 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
     """A layer with a `config`. What an outer model sets as its checkpointing function is called as above."""
 
     @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any] | None:
+    def _gradient_checkpointing_func(self) -> Any:
         function = self.__dict__.get("_gradient_checkpointing_func")
         # Set by transformers, with the arguments of `torch.utils.checkpoint.checkpoint`.
         keywords = getattr(function, "keywords", {})
