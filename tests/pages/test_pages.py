@@ -259,6 +259,7 @@ def check_corpus(folder: Path, names: dict) -> None:
 
 def check_image_text(folder: Path, names: dict) -> None:
     assert names["scores"].shape == (2, 2)
+    assert (folder / "runs" / "words" / "final" / "sentence_bert_config.json").exists()
     torch.testing.assert_close(names["probabilities"].sum(dim=1), torch.ones(2))
     assert type(names["tower"]).__name__ == "Aimv2PackingModel"
     assert [vector.shape for vector in names["vectors"]] == [(64,)] * 2
