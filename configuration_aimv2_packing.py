@@ -4,8 +4,11 @@
 
 import dataclasses
 import inspect
+import json
 import math
-from typing import Any, ClassVar, Literal
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,12 +16,44 @@ from transformers import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from transformers.activations import ACT2FN
 
 
+if TYPE_CHECKING:
+    # transformers copies what an import names along with the code, and `modules.json` names this class.
+    from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
+
+
 # In values: torch counts bytes in 64 bits.
 MAX_WEIGHT_SIZE = torch.iinfo(torch.int64).max // torch.float64.itemsize
 
 
+class SentenceTransformersMixin:
+    """Makes what is saved with its code a Sentence Transformers model too."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        As [`~transformers.PreTrainedConfig.save_pretrained`], and beside a model's code `modules.json` and
+        `sentence_bert_config.json`, which Sentence Transformers reads: an image is what the visual projection gives, or
+        the head, or else the mean over its patches; a text is what the text projection gives. A `modules.json` that is
+        there already is kept, with its settings.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        folder = Path(save_directory)
+        if "AutoModel" not in (getattr(self, "auto_map", None) or {}) or (folder / "modules.json").exists():
+            return
+        names = ("image", "text") if hasattr(self, "text_config") else ("image",)
+        modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
+        settings = {
+            "transformer_task": "feature-extraction",
+            "modality_config": modalities,
+            "module_output_name": "sentence_embedding",
+        }
+        kind = "sentence_transformers_aimv2_packing.Aimv2PackingTransformer"
+        modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
+        (folder / "sentence_bert_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+
+
 @strict
-class Aimv2PackingConfig(Aimv2VisionConfig):
+class Aimv2PackingConfig(SentenceTransformersMixin, Aimv2VisionConfig):
     r"""
     Configuration of [`Aimv2PackingModel`]: every field of [`~transformers.Aimv2VisionConfig`], with the same meaning
     and default, and the two below. The configuration of an `Aimv2VisionModel` checkpoint is a valid one.
@@ -122,7 +157,7 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
 
 
 @strict
-class Aimv2PackingImageTextConfig(Aimv2Config):
+class Aimv2PackingImageTextConfig(SentenceTransformersMixin, Aimv2Config):
     r"""
     Configuration of [`Aimv2PackingImageTextModel`]: the fields of [`~transformers.Aimv2Config`], with the same meaning
     and default. The configuration of an `Aimv2Model` checkpoint is a valid one.

@@ -6,6 +6,7 @@ import base64
 import math
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from io import BytesIO
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -68,6 +69,14 @@ def image_formats() -> list[str]:
     """Those of `IMAGE_FORMATS` that this PIL and its plugins read: the argument `formats` of `PIL.Image.open`."""
     PIL.Image.init()
     return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that PIL writes in these formats, such as `".jpg"`, in lower case."""
+    # MPO is read as a kind of JPEG.
+    formats = {*image_formats(), "MPO"}
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
 
 
 def open_image(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
@@ -448,6 +457,7 @@ class Aimv2PackingImageProcessorMixin(BaseImageProcessor):
         num_patches = [self.get_number_of_image_patches(*size, images_kwargs) for size in image_sizes]
         return PatchBudgetBatchSampler(num_patches, max_patches_per_batch, **kwargs)
 
+    image_suffixes = staticmethod(image_suffixes)
     open_image = staticmethod(open_image)
     unpack_features = staticmethod(unpack_features)
 

@@ -4,10 +4,8 @@
 
 import os
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-import PIL.Image
 import torch
 
 
@@ -17,31 +15,6 @@ except ImportError as error:
     raise ImportError("This needs Sentence Transformers: `pip install 'sentence-transformers>=6.2'`.") from error
 
 from .batching_aimv2_packing import PatchBudgetBatchSampler
-from .image_processing_aimv2_packing import image_formats
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Of the formats that the image processor reads, in lower case."""
-    # PIL reads MPO as a kind of JPEG.
-    formats = {*image_formats(), "MPO"}
-    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
-
-
-def with_images_named(sample: Any) -> Any:
-    """
-    `sample`, or `{"image": sample}` where it is a path of an image.
-
-    Raises:
-        ValueError: it is a dictionary of several images.
-    """
-    if isinstance(sample, dict) and isinstance(sample.get("image"), (list, tuple)):
-        if len(sample["image"]) != 1:
-            raise ValueError(f"An input must hold one image, got {len(sample['image'])}.")
-        return {**sample, "image": sample["image"][0]}
-    if isinstance(sample, str) and os.path.splitext(sample)[1].lower() in image_suffixes() and os.path.isfile(sample):
-        return {"image": sample}
-    return {"image": sample} if isinstance(sample, os.PathLike) else sample
 
 
 class Aimv2PackingTransformer(Transformer):
@@ -67,10 +40,28 @@ class Aimv2PackingTransformer(Transformer):
             raise ValueError(f"`patches_per_forward` must be at least 1, got {patches_per_forward}.")
         super().__init__(model_name_or_path, **kwargs)
         self.patches_per_forward = patches_per_forward
+        self.image_suffixes = getattr(self.processor, "image_processor", self.processor).image_suffixes()
         if self.tokenizer is not None:
             # Beyond it there are no positions; Sentence Transformers truncates to it.
             longest = self.config.text_config.max_position_embeddings
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, longest)
+
+    def _image_named(self, sample: Any) -> Any:
+        """
+        `sample`, or `{"image": sample}` where it is a path of an image.
+
+        Raises:
+            ValueError: it is a dictionary of several images.
+        """
+        if isinstance(sample, os.PathLike):
+            return {"image": sample}
+        if isinstance(sample, dict) and isinstance(sample.get("image"), (list, tuple)):
+            if len(sample["image"]) != 1:
+                raise ValueError(f"An input must hold one image, got {len(sample['image'])}.")
+            return {**sample, "image": sample["image"][0]}
+        if isinstance(sample, str) and os.path.splitext(sample)[1].lower() in self.image_suffixes:
+            return {"image": sample} if os.path.isfile(sample) else sample
+        return sample
 
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
@@ -88,7 +79,7 @@ class Aimv2PackingTransformer(Transformer):
             FileNotFoundError: a path is no file.
             ValueError: images and texts in one batch, or several images in one input.
         """
-        features = super().preprocess([with_images_named(sample) for sample in inputs], *args, **kwargs)
+        features = super().preprocess([self._image_named(sample) for sample in inputs], *args, **kwargs)
         if features.get("modality") != "image":
             return features
         grid_thw = features["grid_thw"]

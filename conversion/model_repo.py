@@ -20,7 +20,6 @@ from .hub_files import CONVERTED_TYPES
 from .image_text import ImageText
 from .model_card import write_card
 from .safetensors_files import main_dtype, read_json, safe_path, same_tensors, write_checkpoint
-from .sentence_transformers_files import write_sentence_transformers_files
 from .sources import Source, read_source
 from .tokenizer_files import copy_tokenizer
 from .verification import Report
@@ -130,7 +129,7 @@ def fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype | None) -> None:
-    """`config.json` and those of the processors: those of this repo, with the model's fields."""
+    """`config.json`, those of the processors and of Sentence Transformers: this repo's, with the model's fields."""
     config, vision = model.config, model.config
     if isinstance(model, ImageText):
         vision = config.vision_config
@@ -147,4 +146,3 @@ def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype |
         "image_size": None if vision.is_native else vision.image_size,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n")
-    write_sentence_transformers_files(folder, config)
