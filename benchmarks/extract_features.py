@@ -59,7 +59,7 @@ def make_corpus(folder: Path, count: int) -> None:
 
 
 def make_model(folder: Path, layers: int, width: int) -> None:
-    model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+    model_class = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
     config = model_class.config_class(
         is_native=True,
         use_head=False,
@@ -77,7 +77,7 @@ class Loop:
 
     def __init__(self, model: Path, dtype: str, device: str, budget: int):
         self.processor = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessor").from_pretrained(model)
-        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        model_class = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
         self.model = model_class.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
         self.dtype, self.device, self.budget = getattr(torch, dtype), device, budget
         self.patches = 0

@@ -27,8 +27,8 @@ from .verification import Report
 
 IMAGE_TEXT_CLASSES = {
     "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
-    "AutoModel": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
-    "AutoModelForZeroShotImageClassification": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
+    "AutoModel": "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
+    "AutoModelForZeroShotImageClassification": "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
 }
 PROCESSOR = {
     "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},
@@ -133,10 +133,10 @@ def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype |
     config, vision = model.config, model.config
     if isinstance(model, ImageText):
         vision = config.vision_config
-        config.architectures, config.auto_map = ["Aimv2PackingImageTextModel"], IMAGE_TEXT_CLASSES
+        config.architectures, config.auto_map = ["Aimv2PackingAcceleratedImageTextModel"], IMAGE_TEXT_CLASSES
         (folder / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
     else:
-        config.architectures = ["Aimv2PackingModel"]
+        config.architectures = ["Aimv2PackingAcceleratedModel"]
         config.auto_map = read_json(REPO / "config.json")["auto_map"]
     config.dtype = dtype or main_dtype(model.tensors)
     config.save_pretrained(folder)

@@ -65,8 +65,8 @@ TEXT_GEOMETRY = (
     "qkv_bias",
     "mlp_bias",
 )
-VISION_CLASS = "modeling_aimv2_packing.Aimv2PackingModel"
-IMAGE_TEXT_CLASS = "image_text_aimv2_packing.Aimv2PackingImageTextModel"
+VISION_CLASS = "accelerated_aimv2_packing.Aimv2PackingAcceleratedModel"
+IMAGE_TEXT_CLASS = "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel"
 
 
 @dataclass

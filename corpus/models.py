@@ -55,9 +55,9 @@ def load_model(folder: str, settings: Settings):
     disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
     if settings.pooling == "projection":
-        model_class = local_class("image_text_aimv2_packing.Aimv2PackingImageTextModel")
+        model_class = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
     else:
-        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        model_class = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
     model, info = model_class.from_pretrained(folder, **options)
     if info["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {sorted(info['missing_keys'])[0]}: convert the model again.")

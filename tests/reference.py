@@ -15,14 +15,20 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 REPO = Path(__file__).resolve().parent.parent
 
-Aimv2PackingModel = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
-Aimv2PackingConfig = Aimv2PackingModel.config_class
+# It imports all files of the models, which then share one package and one class each.
+WHOLE = get_class_from_dynamic_module(
+    "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel", str(REPO)
+)
 
 
 def hub_module(name: str) -> ModuleType:
     """One of the flat files that the Hub carries, as the model's own code has imported it."""
-    return sys.modules[f"{Aimv2PackingModel.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
+    return sys.modules[f"{WHOLE.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
 
+
+Aimv2PackingModel = hub_module("modeling").Aimv2PackingModel
+Aimv2PackingAcceleratedModel = hub_module("accelerated").Aimv2PackingAcceleratedModel
+Aimv2PackingConfig = Aimv2PackingModel.config_class
 
 packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
 
@@ -85,12 +91,13 @@ def reference_model(dtype: torch.dtype = torch.float32, attn: str = "sdpa", **co
     return random_weights(model).to(dtype)
 
 
-def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", **config):
-    """The packed model with the weights, the geometry and the dtype of `reference`."""
+def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", plain: bool = False, **config):
+    """The packed model with the weights, the geometry and the dtype of `reference`; accelerated unless `plain`."""
     fields = {**reference.config.to_dict(), **config}
     for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
         fields.pop(name, None)
-    model = Aimv2PackingModel(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
+    model_class = Aimv2PackingModel if plain else Aimv2PackingAcceleratedModel
+    model = model_class(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 

@@ -738,18 +738,15 @@ def has_frames(layout: PackedLayout) -> bool:
     return known and all(value is None for value in given)
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, modules: Any) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any) -> str | None:
     """Why this forward cannot run here; `None` where it can, and then `encode` has to follow at once."""
-    if hidden_states.device.type != "cuda":
-        release(model)
-        return f"the patches are on {hidden_states.device}"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a CUDA graph"
     if not has_frames(layout):
         return "the sizes of the frames are not known, or positions were given"
     if model.config._attn_implementation != "sdpa" and not is_flash_attention_requested(model.config):
         return f"the attention implementation is {model.config._attn_implementation}"
-    engine = engine_of(model, modules)
+    engine = engine_of(model, state)
     if engine.reason is None and engine.device != hidden_states.device:
         return f"the patches are on {hidden_states.device}, the weights on {engine.device}"
     return engine.reason
@@ -770,17 +767,18 @@ def start(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -
 
 
 def encode(
-    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, started: Started | None = None
-) -> torch.Tensor:
+    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any, depths: Sequence[int], last: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """
     Patches `(total_patches, num_channels * patch_size**2)` to features `(total_patches, hidden_size)` after the final
     norm, in the dtype of the weights; a tensor of its own, not one that the next forward writes to.
     """
+    if depths or not last:
+        raise NotImplementedError("states of single blocks")
     # Another thread may have released it since it was asked.
     engine = engines.get(model) or engine_of(model)
-    own = started if started is not None and started.engine is engine else None
     with torch.cuda.device(engine.device):
-        return engine.encode(hidden_states, layout, own)
+        return (), engine.encode(hidden_states, layout.to(hidden_states.device, non_blocking=True), None)
 
 
 def configure(model: nn.Module, **changes: Any) -> None:
