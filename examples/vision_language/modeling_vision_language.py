@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from .accelerated_aimv2_packing import Aimv2PackingAcceleratedModel
 from .configuration_aimv2_packing import Aimv2PackingConfig
-from .modeling_aimv2_packing import Aimv2PackingModel
 
 
 class VisionLanguageConfig(PreTrainedConfig):
@@ -44,7 +44,7 @@ class VisionLanguageModel(PreTrainedModel):
 
     def __init__(self, config: VisionLanguageConfig):
         super().__init__(config)
-        self.vision = Aimv2PackingModel._from_config(config.vision_config)
+        self.vision = Aimv2PackingAcceleratedModel._from_config(config.vision_config)
         self.language = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         self.projector = nn.Sequential(

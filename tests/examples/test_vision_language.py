@@ -106,7 +106,7 @@ def test_a_composite_that_asks_autoconfig_loads_after_registration(folder, tmp_p
 
         def register(repo):
             config_class = get_class_from_dynamic_module("configuration_aimv2_packing.Aimv2PackingConfig", repo)
-            model_class = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", repo)
+            model_class = get_class_from_dynamic_module("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel", repo)
             AutoConfig.register("aimv2_packing", config_class)
             AutoModel.register(config_class, model_class)
 
@@ -120,7 +120,7 @@ def test_a_composite_that_asks_autoconfig_loads_after_registration(folder, tmp_p
     fresh = "Model.from_pretrained(saved)"
     registered = """
         register(tower)
-        assert type(Model.from_pretrained(saved).vision).__name__ == "Aimv2PackingModel"
+        assert type(Model.from_pretrained(saved).vision).__name__ == "Aimv2PackingAcceleratedModel"
     """
     results = []
     for code in (save, fresh, registered):

@@ -131,9 +131,10 @@ def test_settings_and_modules_that_are_there_are_kept(repos, tmp_path):
     assert json.loads((tmp_path / "modules.json").read_text()) == modules
 
 
-def test_a_configuration_without_code_is_saved_alone(tmp_path):
+def test_a_configuration_alone_is_no_model(tmp_path):
     Aimv2PackingConfig(hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").exists()
+    assert not (tmp_path / "modules.json").exists() and not (tmp_path / "sentence_bert_config.json").exists()
 
 
 # By itself, because it talks to another Hub.
