@@ -56,9 +56,10 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
 
     Attributes:
         use_engines (`bool`, defaults to `True`): Whether an engine may run.
-        last_engine (`str`, or `None`): The engine that ran the last forward, `"cpu"` or `"cuda"`; `None` where the plain
-            model did, or none has run yet.
-        engine_refusal (`str`, or `None`): Why no engine ran the last forward; `None` where one did, or none has run yet.
+        last_engine (`str`, or `None`): The engine that ran the last forward, `"cpu"` or `"cuda"`; `None` where the
+            plain model did, or none has run yet.
+        engine_refusal (`str`, or `None`): Why no engine ran the last forward; `None` where one did, or none has run
+            yet.
 
     Example:
 
@@ -172,9 +173,9 @@ INPUTS_REQUIRE_GRAD = {
 
 class ModelState:
     """
-    The modules and weights below a model as they were when looked at: the one record of whether it has changed. It holds
-    the modules' own tables, not the weights in them, so that a look at what is there now is a few passes in C, and a
-    weight that was replaced is let go at once.
+    The modules and weights below a model as they were when looked at: the one record of whether it has changed. It
+    holds the modules' own tables, not the weights in them, so that a look at what is there now is a few passes in C,
+    and a weight that was replaced is let go at once.
 
     Attributes:
         refusal (`str`, or `None`): What in the modules keeps every engine out.
@@ -222,9 +223,11 @@ class ModelState:
             return False
 
     def weights_are_alike(self) -> bool:
-        """Whether type, dtype, device and `requires_grad` of each weight are those of the record, and none was added."""
+        """Whether type, dtype, device and `requires_grad` of each weight are as recorded, and none was added."""
         weights, mode = self.weights(), torch.is_inference_mode_enabled()
-        if self.device.type != "cpu" and any(weight is not None for get, own in self.absent for weight in map(get, own)):
+        if self.device.type != "cpu" and any(
+            weight is not None for get, own in self.absent for weight in map(get, own)
+        ):
             return False
         if mode in self.checks:
             return self.checks[mode].check(*weights)
@@ -279,7 +282,7 @@ def current_state(model: nn.Module) -> ModelState:
 
 
 def is_own_call(kind: type[nn.Module]) -> bool:
-    """Whether the class has its `forward` and its `__call__` from where they are defined, as before anyone patched it."""
+    """Whether the class has its `forward` and `__call__` from where they are defined, as before anyone patched it."""
     home = getattr(sys.modules.get(kind.__module__), "__file__", None)
     files = (home, CHECKPOINTING_FILE, torch_module.__file__)
     codes = (getattr(method, "__code__", None) for method in (kind.forward, kind.__call__))

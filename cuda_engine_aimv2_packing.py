@@ -438,7 +438,7 @@ class Engine:
             return dense
 
         if self.has_own_attention:
-            return lambda module, *states: segment_attention(*states, places)
+            return lambda module, *states: segment_attention(*states, places)  # type: ignore[call-arg]
 
         if len(lengths) > MAX_SEGMENTS_PER_CALL:
             return self.attention_in_parts(cu_seqlens, places, lengths)
@@ -541,7 +541,7 @@ class Engine:
     def budget_of(self, patches: int, layout: PackedLayout) -> Budget:
         """The smallest budget that this layout fits; its own where it came often enough to have one."""
         segments, longest = len(layout.cu_seqlens) - 1, layout.max_seqlen
-        side = power_of_two(layout.num_positions, 128) if self.is_native else 0
+        side = power_of_two(layout.num_positions, 128) if self.is_native else 0  # type: ignore[arg-type]
         attention = self.config._attn_implementation
         if self.may_be_dense(patches, segments, longest, attention) and self.seen[segments, longest] >= DENSE_AFTER:
             return Budget(patches, segments, longest, side, attention, length=longest)

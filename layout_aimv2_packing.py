@@ -41,8 +41,8 @@ INTEGER_DTYPES = {
 @dataclass(eq=False)
 class PackedLayout:
     """
-    How a packed batch divides, and where each patch is in its image: what [`packed_layout`] returns, and `forward` takes
-    as `layout`. Trainer, pinned memory, pickling and torch.export carry it like a tensor.
+    How a packed batch divides, and where each patch is in its image: what [`packed_layout`] returns, and `forward`
+    takes as `layout`. Trainer, pinned memory, pickling and torch.export carry it like a tensor.
 
     Attributes:
         runs (`tuple[tuple[int, int], ...]`, or `None`): Neighbouring segments of equal length as `(segments, length)`.
@@ -78,7 +78,9 @@ class PackedLayout:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that are tensors, by name."""
-        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)}
+        return {
+            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
         """The layout with its tensors on a device; itself where they are there."""
@@ -161,7 +163,7 @@ def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patche
         max_seqlen=max(lengths, default=0),
         grids=grids,
         frame_sizes=values[len(lengths) + 1 :].view(2, -1) if lengths else values.new_empty(2, 0),
-        num_positions=max(max(rows), max(columns)) if lengths else 0,
+        num_positions=max(*rows, *columns) if lengths else 0,
     )
 
 
@@ -245,7 +247,7 @@ def resolve_layout(
 
 
 def segments_from(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
-    """`runs`, `cu_seqlens` and `max_seqlen` from a `cu_seqlens` computed before and, where it was given, `max_seqlen`."""
+    """`runs`, `cu_seqlens` and `max_seqlen` from what was given under the last two names."""
     cu_seqlens, max_seqlen = given["cu_seqlens"], given.get("max_seqlen")
     if (
         not is_dense(cu_seqlens)
@@ -303,8 +305,8 @@ def segment_ids(cu_seqlens: torch.Tensor, num_patches: int) -> torch.Tensor:
 
 def mean_over_segments(features: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
-    Mean over the patches of each segment, `(total_patches, hidden_size)` to `(num_segments, hidden_size)`, in the dtype of
-    `features`.
+    Mean over the patches of each segment, `(total_patches, hidden_size)` to `(num_segments, hidden_size)`, in the dtype
+    of `features`.
     """
     lengths = cu_seqlens.diff().to(features.device, non_blocking=True)
     # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
@@ -401,8 +403,8 @@ def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, devic
 
 def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tuple[int, int, int], ...]:
     """
-    Checks `grid_thw` and returns its values: the only device-to-host copy of a forward, and none at all when it is on the
-    CPU already.
+    Checks `grid_thw` and returns its values: the only device-to-host copy of a forward, and none at all when it is on
+    the CPU already.
 
     Raises:
         ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.

@@ -69,8 +69,8 @@ def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """
-    PyTorch's own flash attention on packed tensors. Not its `varlen_attn`, which from torch 2.14 on takes cuDNN's kernel and
-    builds a plan for nearly every new mix.
+    PyTorch's own flash attention on packed tensors. Not its `varlen_attn`, which from torch 2.14 on takes cuDNN's
+    kernel and builds a plan for nearly every new mix.
     """
     return torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False, False
@@ -140,9 +140,7 @@ def segment_attention(
     runs = layout.runs
     if implementation == "sdpa" and not dropout and has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
         if num_segments * layout.max_seqlen != key.shape[0]:
-            return varlen_attention(
-                query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen
-            )
+            return varlen_attention(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
         # Segments of one length: the dense kernels are faster than the varlen one.
         runs = ((num_segments, layout.max_seqlen),)
     elif runs is None and implementation != "sdpa":
@@ -150,8 +148,8 @@ def segment_attention(
         ids = segment_ids(layout.cu_seqlens, key.shape[0])
         query_ids = torch.arange(num_segments, device=ids.device) if one_query else ids
         mask = query_ids.unsqueeze(1) == ids
-        states = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        return attention_interface(module, *states, attention_mask=mask[None, None], **shared)[0].squeeze(0)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        return attention_interface(module, query, key, value, attention_mask=mask[None, None], **shared)[0].squeeze(0)
 
     runs = runs or ((num_segments, key.shape[0] // num_segments),)
     keys_per_run = [segments * length for segments, length in runs]
@@ -207,7 +205,7 @@ class Aimv2PackingEmbeddings(nn.Module):
 
     def native_positions(self, layout: PackedLayout) -> torch.Tensor:
         # Column first: AIMv2 was trained with [sin_w | cos_w | sin_h | cos_h], as MAE's code has it.
-        sides, num_frequencies = layout.position_ids.flip(1), self.config.hidden_size // 4
+        sides, num_frequencies = torch.flip(layout.position_ids, (1,)), self.config.hidden_size // 4
         if layout.num_positions is None:
             return sincos(sides, num_frequencies).flatten(1)
         # A row or column recurs in every image: few values are computed, and many looked up.
@@ -215,14 +213,14 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        indices, weights = layout.interp_indices, layout.interp_weights
-        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=indices.device))
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
         table = table.to(torch.promote_types(table.dtype, torch.float32))
-        # One product of (N, positions) and (positions, D): a sum of looked up rows has no second derivative.
-        matrix = weights.new_zeros(indices.shape[0], table.shape[0], dtype=table.dtype)
-        for index, weight in zip(indices.unbind(1), weights.to(table.dtype).unbind(1), strict=True):
-            # Tap by tap: the order of sums where taps coincide is then the same on every device.
-            matrix = matrix.scatter_add(1, index.unsqueeze(1), weight.unsqueeze(1))
+        # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
+        # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
+        indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
+        matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
+        for index, weight in zip(indices, weights, strict=True):
+            matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
         return matrix @ table
 
 
@@ -338,8 +336,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
 def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_initialized: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a module
-            of theirs is in `newly_initialized`.
+        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
+            module of theirs is in `newly_initialized`.
     """
     random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     missing = sorted(
@@ -421,7 +419,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             last (`bool`): Whether the features after the final norm are wanted.
 
         Returns:
-            The states of `depths`, before the final norm, and the features or `None`; `(total_patches, hidden_size)` each.
+            The states of `depths`, before the final norm, and the features or `None`; each `(total_patches,
+            hidden_size)`.
         """
         layout = with_positions(layout.to(hidden_states.device, non_blocking=True), self.config)
         embedded = self.embeddings(hidden_states, layout)
@@ -498,7 +497,9 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         num_blocks = len(self.encoder.layers)
         blocks = list(range(num_blocks - n, num_blocks)) if isinstance(n, int) else list(n)
         if (isinstance(n, int) and n < 1) or not all(-num_blocks <= block < num_blocks for block in blocks):
-            raise ValueError(f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}.")
+            raise ValueError(
+                f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
+            )
         if reshape and grid_thw is None:
             raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
         depths = [block % num_blocks + 1 for block in blocks]
@@ -548,7 +549,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         chosen = kwargs.get("output_hidden_states")
         depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
         states, last_hidden_state = self.encode(hidden_states, layout, depths)
-        pooled = self.head(last_hidden_state, layout.to(last_hidden_state.device)) if self.config.use_head else None
+        pooled = self.head(last_hidden_state, layout.to(hidden_states.device)) if self.config.use_head else None
         by_depth = dict(zip(depths, states, strict=True))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,

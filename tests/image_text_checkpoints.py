@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from reference import REPO, TINY, hub_module, packing_model, random_weights
+from reference import REPO, TINY, packing_model, random_weights
 from tokenizers import pre_tokenizers
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, CLIPTokenizer, PreTrainedModel
 
+from conversion.local_code import local_class
 
-Aimv2PackingImageTextModel = hub_module("accelerated_image_text").Aimv2PackingAcceleratedImageTextModel
+
+Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
 Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 
 TEXTS = ["a cat", "a rocket on its launch pad", "two cups of coffee", "the portrait of an astronaut"]

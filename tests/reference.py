@@ -2,33 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from conversion.local_code import hub_module, local_class
 
 
 REPO = Path(__file__).resolve().parent.parent
 
-# It imports all files of the models, which then share one package and one class each.
-WHOLE = get_class_from_dynamic_module(
-    "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel", str(REPO)
-)
-
-
-def hub_module(name: str) -> ModuleType:
-    """One of the flat files that the Hub carries, as the model's own code has imported it."""
-    return sys.modules[f"{WHOLE.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
-
-
-Aimv2PackingModel = hub_module("modeling").Aimv2PackingModel
-Aimv2PackingAcceleratedModel = hub_module("accelerated").Aimv2PackingAcceleratedModel
+Aimv2PackingModel = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+Aimv2PackingAcceleratedModel = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
 Aimv2PackingConfig = Aimv2PackingModel.config_class
+
 
 packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
 

@@ -4,8 +4,6 @@
 
 import ast
 import logging
-import re
-import shutil
 from contextlib import suppress
 
 import pytest
@@ -24,7 +22,6 @@ from reference import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a CUDA device: every attention path against float32, no device synchronisation, and compilation."""
 
-import warnings
-
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from reference import (
     ODD_GRIDS,
-    hub_module,
     pack,
     packed_layout,
     packing_model,

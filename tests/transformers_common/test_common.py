@@ -8,16 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from reference import Aimv2PackingAcceleratedModel, Aimv2PackingConfig, hub_module
+from reference import Aimv2PackingAcceleratedModel, Aimv2PackingConfig
 from sdist import common_tests
 from transformers import Aimv2TextConfig, Aimv2TextModel, PreTrainedModel
 from transformers.testing_utils import torch_device
+
+from conversion.local_code import local_class
 
 
 ModelTesterMixin = common_tests("test_modeling_common").ModelTesterMixin
 ConfigTester = common_tests("test_configuration_common").ConfigTester
 
-Aimv2PackingImageTextModel = hub_module("accelerated_image_text").Aimv2PackingAcceleratedImageTextModel
+Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
 Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 
 # Each is expected to fail, and fails this run when it passes or is not there.
