@@ -60,6 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     check_output(arguments.output)
     image_processor, vision = load(arguments.checkpoint)
+    # An image token for every 2 x 2 patches.
+    image_processor.merge_size = 2
 
     # Its tokens are bytes. Padding is on the left, as `generate` wants it.
     tokenizer = ByT5Tokenizer(extra_ids=0, padding_side="left")
@@ -73,7 +75,10 @@ def main() -> None:
         num_key_value_heads=4, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    config = config_class(vision_config=vision.config, text_config=language, image_token_id=processor.image_token_id)
+    config = config_class(
+        vision_config=vision.config, text_config=language, image_token_id=processor.image_token_id,
+        merge_size=image_processor.merge_size,
+    )  # fmt: skip
     model = model_class(config)
     model.vision.load_state_dict(vision.state_dict())
     # Trained in float32, whatever the checkpoint is stored in.

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.processing_utils import MultiModalData
 
 from .accelerated_aimv2_packing import Aimv2PackingAcceleratedModel
+from .batching_aimv2_packing import merge_patches
 from .configuration_aimv2_packing import Aimv2PackingConfig
 
 
@@ -22,6 +23,8 @@ class VisionLanguageConfig(PreTrainedConfig):
     vision_config: Any = None
     text_config: Any = None
     image_token_id: int | None = None
+    # Side of the square of patches that one image token stands for, as the image processor's.
+    merge_size: int = 1
 
     def __post_init__(self, **kwargs):
         # As they come from a file. The tower's is of this repo's class, whichever repo it was loaded from.
@@ -34,7 +37,10 @@ class VisionLanguageConfig(PreTrainedConfig):
 
 
 class VisionLanguageModel(PreTrainedModel):
-    """Each image token of the text is replaced by one projected patch, in the order of the packed sequence."""
+    """
+    Each image token of the text is replaced by one projected square of `merge_size` x `merge_size` patches, in the
+    order of the packed sequence.
+    """
 
     config_class = VisionLanguageConfig
     supports_gradient_checkpointing = True
@@ -47,29 +53,28 @@ class VisionLanguageModel(PreTrainedModel):
         self.vision = Aimv2PackingAcceleratedModel._from_config(config.vision_config)
         self.language = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
-        self.projector = nn.Sequential(
-            nn.Linear(config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
-        )
+        features = config.vision_config.hidden_size * config.merge_size**2
+        self.projector = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
         self.post_init()
 
     def embed(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        `(texts, length, text hidden_size)`: the embeddings of the text, with the projected patches for image tokens.
+        `(texts, length, text hidden_size)`: the embeddings of the text, with projected patches for image tokens.
 
         Raises:
-            ValueError: there are more or fewer image tokens than patches.
+            ValueError: there are more or fewer image tokens than squares of patches.
         """
         embeddings = self.language.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
-        count = 0 if hidden_states is None else len(hidden_states)
-        if int(is_image.sum()) != count:
-            raise ValueError(f"`input_ids` must hold one image token per patch, got {int(is_image.sum())} and {count}.")
-        if not count:
-            return embeddings
-        patches = self.projector(self.vision(hidden_states, grid_thw).last_hidden_state)
-        return embeddings.masked_scatter(is_image[..., None], patches.to(embeddings.dtype))
+        rows, tokens = embeddings.new_empty(0, embeddings.shape[-1]), int(is_image.sum())
+        if hidden_states is not None:
+            features = self.vision(hidden_states, grid_thw).last_hidden_state
+            rows = self.projector(merge_patches(features, grid_thw, self.config.merge_size))
+        if tokens != len(rows):
+            raise ValueError(f"`input_ids` must hold an image token per row of features, got {tokens} and {len(rows)}.")
+        return embeddings.masked_scatter(is_image[..., None], rows.to(embeddings.dtype))
 
     def forward(self, input_ids, attention_mask=None, hidden_states=None, grid_thw=None, labels=None, **kwargs):
         embeddings = self.embed(input_ids, hidden_states, grid_thw)
@@ -88,7 +93,7 @@ class VisionLanguageModel(PreTrainedModel):
 class VisionLanguageProcessor(ProcessorMixin):
     """
     `processor(images, text)` writes an image token for every row of features: each `<image>` of a text becomes as many
-    as its image has patches. As transformers' `Qwen2VLProcessor`.
+    as its image has squares of `merge_size` x `merge_size` patches. As transformers' `Qwen2VLProcessor`.
     """
 
     def __init__(self, image_processor, tokenizer, chat_template=None):
@@ -98,7 +103,9 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What stands for an image in its text; transformers calls it for each."""
-        return self.image_token * int(image_inputs["grid_thw"][image_idx].prod())
+        return self.image_token * (
+            int(image_inputs["grid_thw"][image_idx].prod()) // self.image_processor.merge_size**2
+        )
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """
@@ -108,9 +115,9 @@ class VisionLanguageProcessor(ProcessorMixin):
             image_sizes (`list`, *optional*): Of each image.
             kwargs: As a call's for images, such as `max_patches`.
         """
-        sizes = [] if image_sizes is None else image_sizes
-        counts = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in sizes]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
+        patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes or ()]
+        tokens = [count // self.image_processor.merge_size**2 for count in patches]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=patches)
 
 
 __all__ = ["VisionLanguageConfig", "VisionLanguageModel", "VisionLanguageProcessor"]

@@ -135,9 +135,9 @@ def test_a_composite_that_asks_autoconfig_loads_after_registration(folder, tmp_p
 def test_image_tokens_are_counted_before_encoding(model, processor, options):
     counts = processor._get_num_multimodal_tokens(image_sizes=SIZES, **options)
     inputs = processor(IMAGES, ["<image>"] * 3, padding=True, return_tensors="pt", images_kwargs=options)
-    features = model.vision(inputs["hidden_states"], inputs["grid_thw"]).last_hidden_state
+    patches = len(model.vision(inputs["hidden_states"], inputs["grid_thw"]).last_hidden_state)
     assert counts["num_image_tokens"] == (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
-    assert sum(counts["num_image_tokens"]) == len(features)
+    assert sum(counts["num_image_tokens"]) == patches / 4
     assert counts["num_image_patches"] == inputs["grid_thw"].prod(dim=1).tolist()
 
 
@@ -151,7 +151,11 @@ def test_rows_of_features_take_the_image_tokens_in_their_order(model, processor)
     alone = []
     for image in IMAGES:
         patches = processor.image_processor(image, return_tensors="pt")
-        alone.append(model.projector(model.vision(**patches).last_hidden_state))
+        _, rows, columns = patches["grid_thw"][0].tolist()
+        features = model.vision(**patches).last_hidden_state.view(rows, columns, -1)
+        for row in range(0, rows, 2):
+            for column in range(0, columns, 2):
+                alone.append(model.projector(features[row : row + 2, column : column + 2].reshape(1, -1)))
     torch.testing.assert_close(embedded[is_image], torch.cat(alone), rtol=0, atol=1e-5)
     words = model.language.get_input_embeddings()(inputs["input_ids"])
     assert torch.equal(embedded[~is_image], words[~is_image])
@@ -168,8 +172,8 @@ def test_counts_that_do_not_agree_are_refused(model, processor):
     with pytest.raises(ValueError, match=r"total number of <image> tokens.* 1 <image> tokens and 3 images"):
         processor(IMAGES, ["<image>"], return_tensors="pt")
     inputs = processor(IMAGES[:1], ["<image>"], return_tensors="pt")
-    count = len(inputs["hidden_states"])
-    with pytest.raises(ValueError, match=f"one image token per patch, got {count} and 0"):
+    count = len(inputs["hidden_states"]) // 4
+    with pytest.raises(ValueError, match=f"an image token per row of features, got {count} and 0"):
         model(inputs["input_ids"])
-    with pytest.raises(ValueError, match=f"one image token per patch, got {count - 1} and {count}"):
+    with pytest.raises(ValueError, match=f"an image token per row of features, got {count - 1} and {count}"):
         model(inputs["input_ids"][:, 1:], hidden_states=inputs["hidden_states"], grid_thw=inputs["grid_thw"])
