@@ -272,6 +272,18 @@ def check_images(folder: Path, names: dict) -> None:
     assert torch.isfinite(names["features"]).all()
 
 
+def check_vision_language(folder: Path, names: dict) -> None:
+    inputs, processor = names["inputs"], names["processor"]
+    assert names["tokens"].shape == (len(names["features"]) // 4, 4 * 64)
+    assert [tuple(part.shape) for part in names["maps"]] == [(*grid, 64) for grid in inputs["grid_thw"].tolist()]
+    torch.testing.assert_close(torch.cat([part.flatten(0, 2) for part in names["maps"]]), names["states"])
+    read = names["image_processor"](Image.new("RGB", (640, 480)), return_tensors="pt", max_patches=1024)
+    assert names["num_image_tokens"] == len(read["hidden_states"]) // 4
+    assert (names["prompts"]["input_ids"] == processor.image_token_id).sum() == len(names["tokens"])
+    assert len(names["captions"]) == 2
+    assert (folder / "runs" / "vlm" / "final" / "modeling_vision_language.py").exists()
+
+
 PREPARE: dict[str, Callable[[Path, dict], None]] = {
     "docs/compatibility.md": prepare_images,
     "docs/converting.md": without_conversions,
@@ -284,6 +296,7 @@ CHECK: dict[str, Callable[[Path, dict], None]] = {
     "docs/corpus.md": check_corpus,
     "docs/image_text.md": check_image_text,
     "docs/images.md": check_images,
+    "docs/vision_language.md": check_vision_language,
 }
 
 
