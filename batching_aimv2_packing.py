@@ -191,21 +191,21 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
             window = carried + order[first : first + IMAGES_PER_WINDOW]
             empty = [index for index in window if not self.num_patches[index]]
             window = [index for index in window if self.num_patches[index]]
-            # Best fit decreasing: the largest image first, each into the fullest batch that still has room for it.
+            # Best fit decreasing: the largest image first, each into the fullest batch that it still fits.
             packed: list[list[int]] = []
-            rooms: list[tuple[int, int]] = []
+            unfilled: list[tuple[int, int]] = []
             for index in sorted(window, key=self.num_patches.__getitem__, reverse=True):
                 length = self.num_patches[index]
-                place = bisect_left(rooms, (length, 0))
-                if place < len(rooms):
-                    room, batch = rooms.pop(place)
+                fullest = bisect_left(unfilled, (length, 0))
+                if fullest < len(unfilled):
+                    left, batch = unfilled.pop(fullest)
                     packed[batch].append(index)
                 else:
-                    room, batch = self.max_patches_per_batch, len(packed)
+                    left, batch = self.max_patches_per_batch, len(packed)
                     packed.append([index])
-                insort(rooms, (room - length, batch))
+                insort(unfilled, (left - length, batch))
             # The emptiest batch is what did not come out even: its images go on into the next window.
-            carried = packed.pop(rooms[-1][1]) if packed else []
+            carried = packed.pop(unfilled[-1][1]) if packed else []
             # They would all fit the fullest batch.
             for position, index in enumerate(empty):
                 if packed:
@@ -328,6 +328,14 @@ class PackedBatchesMixin:
 
     unpack_features = staticmethod(unpack_features)
     merge_patches = staticmethod(merge_patches)
+
+    @property
+    def padding_value(self):
+        # Pipelines read this only to batch, by rules that would cut packed patches up wrongly without a word.
+        raise ValueError(
+            "A pipeline cannot batch packed patches: leave `batch_size` at 1, or call the processor on a list of "
+            "images and the model on the result."
+        )
 
     def collate(
         self,
@@ -473,6 +481,20 @@ class PackedBatchesMixin:
             if any(value is None or is_list(value) or is_video(value) for value in values):
                 batch[COUNTS] = torch.tensor([len(images_of(value, image_column)) for value in values])
         return {**batch, **{name: torch.cat([one[name] for one in inputs]) for name in self.model_input_names}}
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """
+        Patches of an image of `height` x `width` pixels, without the image: what a batch sampler needs to know. After
+        [`merge_patches`] there are `merge_size**2` times fewer.
+
+        Args:
+            height (`int`), width (`int`): Size of the image in pixels.
+            images_kwargs (`dict`, *optional*): Arguments of the call that differ from this processor's own.
+
+        Raises:
+            ValueError: a size, or an argument, that the call would refuse.
+        """
+        return self.target_size(images_kwargs).num_patches(height, width)
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None

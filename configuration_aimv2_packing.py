@@ -25,31 +25,37 @@ if TYPE_CHECKING:
 MAX_WEIGHT_SIZE = torch.iinfo(torch.int64).max // torch.float64.itemsize
 
 
+def sentence_transformers_files(image_text: bool) -> dict[str, Any]:
+    """
+    What makes a model repo a Sentence Transformers model, by the names of its two files. An image is what the visual
+    projection gives, or the head, or else the mean over its patches; a text is what the text projection gives.
+    """
+    names = ("image", "text") if image_text else ("image",)
+    modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": modalities,
+        "module_output_name": "sentence_embedding",
+    }
+    kind = "sentence_transformers_aimv2_packing.Aimv2PackingTransformer"
+    module = {"idx": 0, "name": "0", "path": "", "type": kind}
+    return {"sentence_bert_config.json": settings, "modules.json": [module]}
+
+
 class SentenceTransformersMixin:
     """Makes what is saved with its code a Sentence Transformers model too."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
-        As [`~transformers.PreTrainedConfig.save_pretrained`], and beside a model's code `modules.json` and
-        `sentence_bert_config.json`, which Sentence Transformers reads: an image is what the visual projection gives, or
-        the head, or else the mean over its patches; a text is what the text projection gives. A `modules.json` that is
-        there already is kept, with its settings.
+        As [`~transformers.PreTrainedConfig.save_pretrained`], and beside a model's code the files that Sentence
+        Transformers reads. A `modules.json` that is there already is kept, with its settings.
         """
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         if "AutoModel" not in (getattr(self, "auto_map", None) or {}) or (folder / "modules.json").exists():
             return
-        names = ("image", "text") if hasattr(self, "text_config") else ("image",)
-        modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
-        settings = {
-            "transformer_task": "feature-extraction",
-            "modality_config": modalities,
-            "module_output_name": "sentence_embedding",
-        }
-        kind = "sentence_transformers_aimv2_packing.Aimv2PackingTransformer"
-        modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
-        (folder / "sentence_bert_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+        for name, content in sentence_transformers_files(image_text=hasattr(self, "text_config")).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 @strict

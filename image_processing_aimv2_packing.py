@@ -63,15 +63,8 @@ UNUSED_KWARGS = {"size", "crop_size", "pad_size", "do_center_crop", "do_pad", "m
 # What its caller decides for a process, and no repo's configuration.
 READING_KWARGS = ("allow_urls", "max_image_pixels")
 
-UPRIGHT = {
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
+# What undoes the EXIF orientations 2 to 8: PIL's numbers of mirroring, turning, turning upside down, and so on.
+UPRIGHT = dict(enumerate(map(PIL.Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 
 def image_formats() -> list[str]:
@@ -170,7 +163,10 @@ def file_of(source: Any, described: str, allow_urls: bool) -> tuple[Any, bool]:
 def downloaded(url: str) -> bytes:
     """The body behind a URL."""
     deadline = time.monotonic() + URL_SECONDS
-    target = first = httpx.URL(url)
+    try:
+        target = first = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"`source` must be a URL, a path or base64, got {url!r}: {error}.") from error
     with httpx.Client(timeout=URL_PAUSE) as client:
         for _ in range(1 + URL_REDIRECTS):
             with client.stream("GET", target) as response:
@@ -194,7 +190,7 @@ def is_public(host: str) -> bool:
     """Whether every address of a host is one of the public internet; not so for a host without an address."""
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return all(ipaddress.ip_address(address).is_global for address in found)
 
@@ -450,30 +446,25 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
                 f"`{unused[0]}` is not used by this image processor, got {kwargs[unused[0]]!r}: give `image_size` "
                 "for a fixed resolution, or `min_patches` and `max_patches`."
             )
-        if kwargs["temporal_patch_size"] != 1:
-            raise ValueError(f"`temporal_patch_size` must be 1 for AIMv2, got {kwargs['temporal_patch_size']!r}.")
         for name in ("patch_size", "merge_size", "max_patches", "min_patches", "max_image_pixels"):
             if type(kwargs[name]) is not int or kwargs[name] < 1:
                 raise ValueError(f"`{name}` must be a positive int, got {kwargs[name]!r}.")
-        if kwargs["min_patches"] > kwargs["max_patches"]:
+        image_size, merge_size, max_patches = kwargs["image_size"], kwargs["merge_size"], kwargs["max_patches"]
+        factor = kwargs["patch_size"] * merge_size
+        if kwargs["min_patches"] > max_patches:
             raise ValueError(
-                f"`min_patches` must not exceed `max_patches`, got {kwargs['min_patches']} and {kwargs['max_patches']}."
+                f"`min_patches` must not exceed `max_patches`, got {kwargs['min_patches']} and {max_patches}."
             )
-        if kwargs["merge_size"] ** 2 > kwargs["max_patches"]:
-            raise ValueError(
-                f"`max_patches` must be at least `merge_size**2`, got {kwargs['max_patches']} and "
-                f"{kwargs['merge_size']}**2."
-            )
-        image_size, factor = kwargs["image_size"], kwargs["patch_size"] * kwargs["merge_size"]
+        if merge_size**2 > max_patches:
+            raise ValueError(f"`max_patches` must be at least `merge_size**2`, got {max_patches} and {merge_size}**2.")
         if image_size is not None and (type(image_size) is not int or image_size < 1 or image_size % factor):
             raise ValueError(
-                "`image_size` must be None or a positive multiple of `patch_size` (times `merge_size`), got "
+                "`image_size` must be None or a positive multiple of `patch_size * merge_size`, got "
                 f"{image_size!r} and {factor}."
             )
-        if kwargs["patch_layout"] not in ("channels_first", "channels_last"):
-            raise ValueError(
-                f"`patch_layout` must be 'channels_first' or 'channels_last', got {kwargs['patch_layout']!r}."
-            )
+        for name, values in (("patch_layout", ("channels_first", "channels_last")), ("temporal_patch_size", (1,))):
+            if kwargs[name] not in values:
+                raise ValueError(f"`{name}` must be {' or '.join(map(repr, values))}, got {kwargs[name]!r}.")
         return super()._standardize_kwargs(**kwargs)
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
@@ -564,14 +555,6 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
     image_suffixes = staticmethod(image_suffixes)
     open_image = staticmethod(open_image)
 
-    @property
-    def padding_value(self):
-        # Pipelines read this only to batch, by rules that would cut packed patches up wrongly without a word.
-        raise ValueError(
-            "A pipeline cannot batch packed patches: leave `batch_size` at 1, or call the processor on a list of "
-            "images and the model on the result."
-        )
-
     def target_size(self, images_kwargs: Mapping[str, Any] | None = None) -> TargetSize:
         """How a call with these arguments resizes; raises what the call would."""
         given = lower_minimum(images_kwargs or {}, self.min_patches)
@@ -581,20 +564,6 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         )
         self._validate_preprocess_kwargs(**kwargs)
         return TargetSize(**{name: kwargs[name] for name in TargetSize._fields})
-
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """
-        Patches of an image of `height` x `width` pixels, without the image: what a batch sampler needs to know. After
-        [`merge_patches`] there are `merge_size**2` times fewer.
-
-        Args:
-            height (`int`), width (`int`): Size of the image in pixels.
-            images_kwargs (`dict`, *optional*): Arguments of the call that differ from this processor's own.
-
-        Raises:
-            ValueError: a size, or an argument, that the call would refuse.
-        """
-        return self.target_size(images_kwargs).num_patches(height, width)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, but both backends stay in `auto_map`, not only the one that was saved."""

@@ -201,7 +201,7 @@ class Aimv2PackingEmbeddings(nn.Module):
         hidden_states = self.rms_norm(self.patch_embed(patches).to(self.rms_norm.weight.dtype))
         layout = with_positions(layout, self.config)
         positions = self.native_positions(layout) if self.config.is_native else self.learned_positions(layout)
-        return hidden_states + positions.to(hidden_states.dtype)
+        return hidden_states + positions.to(hidden_states)
 
     def native_positions(self, layout: PackedLayout) -> torch.Tensor:
         # Column first: AIMv2 was trained with [sin_w | cos_w | sin_h | cos_h], as MAE's code has it.
@@ -214,7 +214,7 @@ class Aimv2PackingEmbeddings(nn.Module):
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
         table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
-        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        table = table.to(layout.interp_weights.device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
@@ -319,7 +319,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "patch_embed"
     input_modalities = ("image", "video")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Aimv2PackingEmbeddings", "Aimv2PackingEncoderLayer"]
+    # Not the embeddings: accelerate's FSDP shards these, and then the patch embedding inside, which fails.
+    _no_split_modules = ["Aimv2PackingEncoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -495,8 +496,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: there is no such block, or the arguments of `forward` do not agree.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(num_blocks - n, num_blocks)) if isinstance(n, int) else list(n)
-        if (isinstance(n, int) and n < 1) or not all(-num_blocks <= block < num_blocks for block in blocks):
+        blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
+        if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )

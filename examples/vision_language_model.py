@@ -106,7 +106,8 @@ def main() -> None:
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
 
-    model = AutoModel.from_pretrained(arguments.output, trust_remote_code=True).to(vision.device).eval()
+    model = AutoModel.from_pretrained(arguments.output, trust_remote_code=True, use_safetensors=True)
+    model = model.to(vision.device).eval()
     processor = AutoProcessor.from_pretrained(arguments.output, trust_remote_code=True)
     prompts = processor(images, ["<image>"] * len(images), add_special_tokens=False, **arguments_of_call)
     tokens = model.generate(**prompts.to(model.device), max_new_tokens=24, do_sample=False)
