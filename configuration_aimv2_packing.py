@@ -8,17 +8,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from transformers.activations import ACT2FN
-
-
-if TYPE_CHECKING:
-    # transformers copies what an import names along with the code, and `modules.json` names this class.
-    from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
 
 # In values: torch counts bytes in 64 bits.
@@ -48,7 +43,8 @@ class SentenceTransformersMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         As [`~transformers.PreTrainedConfig.save_pretrained`], and beside a model's code the files that Sentence
-        Transformers reads. A `modules.json` that is there already is kept, with its settings.
+        Transformers reads; the processor brings their module. A `modules.json` that is there already is kept, with its
+        settings.
         """
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)

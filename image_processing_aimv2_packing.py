@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -38,6 +38,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.utils import is_torchvision_available
 
 from .batching_aimv2_packing import PackedBatchesMixin
+
+
+if TYPE_CHECKING:
+    # transformers saves a processor with every file that an import names: this one, which `modules.json` names.
+    from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
 
 # A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives

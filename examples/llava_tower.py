@@ -40,8 +40,8 @@ class LlavaTower(nn.Module):
 
     ```python
     >>> tower = LlavaTower(model, image_processor)
-    >>> [tuple(features.shape) for features in tower(["wide.jpg", "tall.png"])]
-    [(8, 18, 1024), (18, 6, 1024)]
+    >>> [tuple(features.shape) for features in tower([PIL.Image.new("RGB", size) for size in ((448, 224), (280, 420))])]
+    [(16, 32, 1024), (30, 20, 1024)]
     ```
     """
 

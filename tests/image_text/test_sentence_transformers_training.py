@@ -253,4 +253,4 @@ def test_a_trained_model_is_saved_and_loaded_with_what_it_learned(repos, tmp_pat
     for folder in (tmp_path / "checkpoint-2", tmp_path / "saved"):
         again = load(folder)
         assert type(again[0]).__name__ == "Aimv2PackingTransformer"
-        np.testing.assert_array_equal(again.encode(IMAGES), after)
+        np.testing.assert_allclose(again.encode(IMAGES), after, atol=1e-5)

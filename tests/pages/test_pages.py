@@ -213,8 +213,6 @@ def clone(tmp_path_factory) -> Path:
     save_image_text_repo(folder / "aimv2-lit-packed", reference_image_text_model())
     photographs = folder / "photographs"
     shutil.copytree(REPO / "examples" / "photographs", photographs, ignore=shutil.ignore_patterns("*.md"))
-    Image.fromarray(noise(100, 240, 3)).save(folder / "wide.jpg")
-    Image.fromarray(noise(200, 70, 3)).save(folder / "tall.png")
     with av.open(folder / "clip.mp4", "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
