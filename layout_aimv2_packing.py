@@ -378,8 +378,11 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`pixel_values` is for `Aimv2VisionModel`: give packed patches, `hidden_states` and `grid_thw`, which the "
             "image processor of this repo returns (`AutoProcessor.from_pretrained`)."
         )
-    if kwargs.get("output_attentions") or config.output_attentions:
-        raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
+    if (kwargs.get("output_attentions") or config.output_attentions) and config._attn_implementation != "eager":
+        raise ValueError(
+            "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
+            f"{config._attn_implementation!r}."
+        )
     known = {*VISION_UTILS_NAMES, *TransformersKwargs.__annotations__, "use_cache"}
     for name in (name for name, value in kwargs.items() if value is not None and name not in known):
         hint = " Its name here is `grid_thw`." if name.endswith("_grid_thw") else ""
@@ -444,9 +447,11 @@ def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
     Raises:
         ValueError: not a `PackedLayout`, or not of so many patches.
     """
+    if type(layout).__name__ == PackedLayout.__name__ and not isinstance(layout, PackedLayout):
+        # transformers' loader makes a package of each file that it is asked for, so this file can be there twice.
+        layout = PackedLayout(**vars(layout))
     if not isinstance(layout, PackedLayout):
-        kind = f"{type(layout).__module__}.{type(layout).__name__}"
-        raise ValueError(f"`layout` must be a {PackedLayout.__module__}.PackedLayout, got {kind}.")
+        raise ValueError(f"`layout` must be a PackedLayout, what `packed_layout` returns, got {type(layout).__name__}.")
     if torch.compiler.is_compiling() or is_traced():
         # A guard on each length would compile anew for each mix.
         return layout

@@ -61,7 +61,9 @@ class RepoKind:
         """The classes that `config.json` names."""
         config, model = MODEL_CLASSES[self.image_text, self.plain]
         classes = {"AutoConfig": config, "AutoModel": model}
-        return classes | ({"AutoModelForZeroShotImageClassification": model} if self.image_text else {})
+        if self.image_text:
+            return classes | {"AutoModelForZeroShotImageClassification": model}
+        return classes | {"AutoModelForImageClassification": f"{model.removesuffix('Model')}ForImageClassification"}
 
     @property
     def architectures(self) -> list[str]:

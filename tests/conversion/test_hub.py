@@ -87,7 +87,7 @@ LOAD = """
     expected, pooled = batch.pop("expected"), batch.pop("pooled")
     for revision in {revisions!r}:
         model = AutoModel.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
-        assert type(model).__name__ == "Aimv2PackingModel"
+        assert type(model).__name__ == "Aimv2PackingAcceleratedModel"
         with torch.no_grad():
             output = model(**batch)
         torch.testing.assert_close(output.last_hidden_state, expected, rtol=0, atol=1e-5)

@@ -113,9 +113,21 @@ def test_unknown_arguments_are_refused_by_name(model):
         assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
 
 
-def test_attention_maps_are_refused(model):
-    with pytest.raises(ValueError, match="output_attentions"):
+def test_attention_maps_of_other_kernels_than_eager_are_refused(model):
+    with pytest.raises(ValueError, match=r"`output_attentions` needs `attn_implementation='eager'`.*got 'sdpa'"):
         model(patches(4), torch.tensor([[1, 2, 2]]), output_attentions=True)
+
+
+def test_attention_maps_are_those_of_the_original_image_by_image():
+    reference = reference_model(attn="eager")
+    packed, images = packing_model(reference, attn="eager"), random_images([(2, 3), (2, 3), (5, 1)])
+    with torch.inference_mode():
+        ours = packed(**pack(images), output_attentions=True).attentions
+        theirs = [reference(image[None], output_attentions=True).attentions for image in images]
+    assert len(ours) == reference.config.num_hidden_layers
+    for layer, maps in enumerate(ours):
+        for image, weights in enumerate(maps):
+            assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])

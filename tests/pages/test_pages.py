@@ -28,7 +28,8 @@ from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+DOCS = sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *DOCS]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
 with socket.create_server(("127.0.0.1", 0)) as free:
