@@ -101,7 +101,9 @@ def source_licence(source: Source, licences: list[str]) -> tuple[dict[str, Any],
             stated["license_link"] = name if name in licences else link
         else:
             print(f"warning: license_link {link!a} leads to no file that is copied: left out.", file=sys.stderr)
-    words = [x for value in stated.values() for x in (value if isinstance(value, list) else [value])]
+    words = [
+        x for value in stated.values() for x in (value if isinstance(value, list) else [value]) if x not in licences
+    ]
     text = ", ".join(in_card(word) for word in words) or f"{in_card(source.name)} does not state it in a card"
     return stated, text + "".join(f", `{name}`" for name in licences)
 
