@@ -106,8 +106,8 @@ def files_to_upload(folder: Path) -> list[Path]:
             )
     if code := [name for name in names if CODE.fullmatch(name) and folder / name not in written]:
         raise ValueError(
-            f"{folder} holds code that this tree's converter does not write ({listed(code)}): convert the source again, "
-            "or convert this folder, which takes its weights and settings. Nothing was uploaded."
+            f"{folder} holds code that this tree's converter does not write ({listed(code)}): convert the source "
+            "again, or convert this folder, which takes its weights and settings. Nothing was uploaded."
         )
     if others := [name for name in names if folder / name not in written]:
         print(f"Not uploaded, because the converter does not write it: {listed(others)}.")
