@@ -4,7 +4,6 @@
 
 import base64
 import importlib
-import importlib.util
 import ipaddress
 import math
 import os
@@ -76,7 +75,7 @@ def image_formats() -> list[str]:
 
 @cache
 def register_heif() -> None:
-    if importlib.util.find_spec("pillow_heif"):
+    with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
 
 

@@ -217,11 +217,11 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
-        table = table.to(layout.interp_weights.device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
+        table = table.to(weights[0].device, torch.promote_types(table.dtype, torch.float32))
         matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
         for index, weight in zip(indices, weights, strict=True):
             matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
