@@ -26,9 +26,8 @@ from transformers.utils import logging
 
 from .cpu_inference_aimv2_packing import encode as encode_on_cpu
 from .cpu_inference_aimv2_packing import refusal as cpu_refusal
-from .cuda_inference_aimv2_packing import encode as encode_on_cuda
-from .cuda_inference_aimv2_packing import refusal as cuda_refusal
-from .cuda_inference_aimv2_packing import start as start_on_cuda
+from .cuda_engine_aimv2_packing import encode as cuda_encode
+from .cuda_engine_aimv2_packing import refusal as cuda_refusal
 from .layout_aimv2_packing import PackedLayout
 
 
@@ -54,9 +53,35 @@ class Engine(NamedTuple):
     start: Callable[[nn.Module, torch.Tensor, PackedLayout], Any] | None = None
 
 
+class State(NamedTuple):
+    modules: Any
+    engines: dict
+
+    def weights(self):
+        return self.modules.weights
+
+
+STATES: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def state_of(model, modules):
+    state = STATES.get(model)
+    if state is None or state.modules is not modules:
+        state = STATES[model] = State(modules, {})
+    return state
+
+
+def encode_on_cuda(model, hidden_states, layout):
+    return cuda_encode(model, hidden_states, layout, state_of(model, SEEN[model]))[1]
+
+
+def refusal_on_cuda(model, hidden_states, layout, modules):
+    return cuda_refusal(model, hidden_states, layout, state_of(model, modules))
+
+
 ENGINES = (
     Engine("cpu", cpu_refusal, encode_on_cpu),
-    Engine("cuda", cuda_refusal, encode_on_cuda, start_on_cuda),
+    Engine("cuda", refusal_on_cuda, encode_on_cuda),
 )
 
 # The classes of the modeling file, and where these and torch's have their `forward` from.
@@ -104,7 +129,7 @@ class Modules:
             and list(map(type, self.below)) == self.types
             and list(map(len, self.states)) == self.sizes
             and all(kind.forward is forward for kind, forward in self.forwards.items())
-            and (self.obstacle is not None or self.are_in_place())
+            and list(map(attrgetter("dtype"), self.weights)) == self.dtypes
         )
 
     def are_in_place(self) -> bool:

@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from transformers.vision_utils import get_vision_cu_seqlens
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
+from .cuda_engine_aimv2_packing import CudaGraphSettings, laid_side_by_side
 from .inference_aimv2_packing import choose_engine
 from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
@@ -338,6 +339,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     use_engines = True
     path = "plain: no forward has run"
+    cuda_graph_settings = CudaGraphSettings()
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
@@ -349,6 +351,10 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             # Named only where there is one: accelerate's FSDP looks for every class that is named here.
             self._no_split_modules = [*self._no_split_modules, "Aimv2PackingAttentionPoolingHead"]
         self.post_init()
+
+    def _apply(self, *args, **kwargs):
+        with laid_side_by_side(self):
+            return super()._apply(*args, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of an encoder: positions, norms, gate and up with what joins them, and attention inside segments."""
+"""Triton kernels of an encoder: positions, norms, products, gate and up with what joins them, attention in segments."""
 
 import math
 from typing import NamedTuple
@@ -23,8 +23,8 @@ except ImportError:
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
 
 
-class SwigluTile(NamedTuple):
-    """Rows, columns of gate and of up, and hidden values of a tile; tiles of rows that share columns in the cache."""
+class Tile(NamedTuple):
+    """Rows, columns (of gate and of up) and hidden values of a tile; tiles of rows that share columns in the cache."""
 
     rows: int
     columns: int
@@ -34,8 +34,14 @@ class SwigluTile(NamedTuple):
     stages: int
 
 
-# Both write the same bits. The low one takes 0.53 of the time of the other; measured on an H100, docs/kernels.md.
-TALL_TILE, LOW_TILE, LOW_TILE_TIME = SwigluTile(128, 128, 64, 8, 8, 4), SwigluTile(64, 128, 64, 8, 4, 4), 0.53
+# The time of a tile relative to the first; all write the same bits. Measured on an H100, docs/kernels.md.
+SWIGLU_TILES = {Tile(128, 128, 64, 8, 8, 4): 1.0, Tile(64, 128, 64, 8, 4, 4): 0.53}
+PRODUCT_TILES = {
+    Tile(128, 256, 64, 8, 8, 3): 1.0,
+    Tile(128, 128, 64, 8, 8, 4): 0.55,
+    Tile(64, 64, 128, 8, 4, 4): 0.25,
+    Tile(64, 32, 128, 8, 4, 5): 0.22,
+}
 
 if triton is not None:
 
@@ -68,6 +74,45 @@ if triton is not None:
         tl.store(output + row * size + columns, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)
 
     @triton.jit
+    def corner_of(tile, row_tiles, column_tiles, group: tl.constexpr):
+        # `group` tiles of rows share the columns' weights while those are in the L2 cache.
+        first = tile // (group * column_tiles) * group
+        height = tl.minimum(row_tiles - first, group)
+        within = tile % (group * column_tiles)
+        return first + within % height, within // height
+
+    @triton.jit
+    def product_kernel(
+        hidden_states,
+        weight,
+        bias,
+        residual,
+        output,
+        patches,
+        hidden_size: tl.constexpr,
+        size: tl.constexpr,
+        block_rows: tl.constexpr,
+        block_columns: tl.constexpr,
+        block_hidden: tl.constexpr,
+        group: tl.constexpr,
+        add_bias: tl.constexpr,
+        add_residual: tl.constexpr,
+    ):
+        row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
+        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+            row, column = corner_of(tile, row_tiles, column_tiles, group)
+            row, column = row * block_rows, column * block_columns
+            total = tl.zeros([block_rows, block_columns], tl.float32)
+            for hidden in range(0, hidden_size, block_hidden):
+                total = tl.dot(hidden_states.load([row, hidden]), weight.load([column, hidden]).T, total)
+            if add_bias:
+                columns = column + tl.arange(0, block_columns)
+                total += tl.load(bias + columns, mask=columns < size, other=0.0).to(tl.float32)[None, :]
+            if add_residual:
+                total += residual.load([row, column]).to(tl.float32)
+            output.store([row, column], total.to(output.dtype))
+
+    @triton.jit
     def swiglu_kernel(
         hidden_states,
         gate_up_weight,
@@ -83,12 +128,8 @@ if triton is not None:
         row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
         # Flat, so that the next tile's first blocks are on their way while this one is finished.
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-            # `group` tiles of rows share the columns' weights while those are in the L2 cache.
-            first = tile // (group * column_tiles) * group
-            height = tl.minimum(row_tiles - first, group)
-            place = tile % (group * column_tiles)
-            row = (first + place % height) * block_rows
-            column = place // height * block_columns
+            row, column = corner_of(tile, row_tiles, column_tiles, group)
+            row, column = row * block_rows, column * block_columns
             gate_up = tl.zeros([block_rows, 2 * block_columns], tl.float32)
             for hidden in range(0, hidden_size, block_hidden):
                 block = hidden_states.load([row, hidden])
@@ -100,12 +141,14 @@ if triton is not None:
             output.store([row, column], (gate * root * (up * root)).to(output.dtype))
 
     @triton.jit
-    def patch_places_kernel(cu_seqlens, frame_sizes, places, patches, segments, block: tl.constexpr):
+    def locate_patches_kernel(segments, located, patches, has_frames: tl.constexpr, block: tl.constexpr):
         rows = tl.program_id(0) * block + tl.arange(0, block)
+        count = tl.load(segments)
+        cu_seqlens = segments + 1
         # The number of segments that begin at or before each row, by bisection.
         low = tl.zeros([block], tl.int32)
-        high = tl.zeros([block], tl.int32) + segments
-        width = segments
+        high = tl.zeros([block], tl.int32) + count
+        width = count
         while width > 0:
             middle = (low + high + 1) // 2
             before = tl.load(cu_seqlens + middle) <= rows
@@ -113,30 +156,53 @@ if triton is not None:
             high = tl.where(before, high, tl.maximum(middle - 1, low))
             width = width // 2
         inside = rows < patches
+        own = low < count
         start = tl.load(cu_seqlens + low)
-        end = tl.minimum(tl.load(cu_seqlens + tl.minimum(low + 1, segments)), patches)
-        own = tl.minimum(low, segments - 1)
-        height, width = tl.load(frame_sizes + own), tl.load(frame_sizes + segments + own)
-        within = (rows - start) % (height * width)
-        tl.store(places + rows, start, mask=inside)
-        tl.store(places + patches + rows, end, mask=inside)
-        tl.store(places + 2 * patches + rows, within // width, mask=inside)
-        tl.store(places + 3 * patches + rows, within % width, mask=inside)
-        tl.store(places + 4 * patches + rows, height, mask=inside)
-        tl.store(places + 5 * patches + rows, width, mask=inside)
+        # What follows the last segment is padding, a segment of its own.
+        end = tl.load(cu_seqlens + low + 1, mask=own, other=2147483647)
+        tl.store(located + rows, start, mask=inside)
+        tl.store(located + patches + rows, tl.minimum(end, patches), mask=inside)
+        if has_frames:
+            frames = cu_seqlens + count + 1
+            height = tl.load(frames + low, mask=own, other=1)
+            width = tl.load(frames + count + low, mask=own, other=1)
+            within = (rows - start) % (height * width)
+            tl.store(located + 2 * patches + rows, within // width, mask=inside)
+            tl.store(located + 3 * patches + rows, within % width, mask=inside)
+            tl.store(located + 4 * patches + rows, height, mask=inside)
+            tl.store(located + 5 * patches + rows, width, mask=inside)
 
     @triton.jit
-    def native_positions_kernel(places, table, output, patches, positions, half: tl.constexpr, block: tl.constexpr):
-        patch = tl.program_id(0)
-        # Never outside the table, whatever the places hold.
-        row = tl.minimum(tl.maximum(tl.load(places + 2 * patches + patch), 0), positions - 1)
-        column = tl.minimum(tl.maximum(tl.load(places + 3 * patches + patch), 0), positions - 1)
+    def native_positions_kernel(rows, columns, stride, frequencies, output, count: tl.constexpr, block: tl.constexpr):
+        patch = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        inside = at < half
-        output += patch.to(tl.int64) * 2 * half
-        # The model was trained with the column first.
-        tl.store(output + at, tl.load(table + column * half + at, mask=inside), mask=inside)
-        tl.store(output + half + at, tl.load(table + row * half + at, mask=inside), mask=inside)
+        inside = at < count
+        frequency = tl.load(frequencies + at, mask=inside, other=0.0)
+        across = tl.load(columns + patch * stride).to(tl.float64) * frequency
+        down = tl.load(rows + patch * stride).to(tl.float64) * frequency
+        output += patch * 4 * count + at
+        # The model was trained with the column first. Through float32, as PyTorch converts.
+        dtype = output.dtype.element_ty
+        tl.store(output, tl.sin(across).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + count, tl.cos(across).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + 2 * count, tl.sin(down).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + 3 * count, tl.cos(down).to(tl.float32).to(dtype), mask=inside)
+
+    @triton.jit
+    def weighted_positions_kernel(
+        indices, weights, table, output, learned, taps: tl.constexpr, size: tl.constexpr, block: tl.constexpr
+    ):
+        patch = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, block)
+        inside = at < size
+        total = tl.zeros([block], tl.float32)
+        for tap in tl.static_range(taps):
+            index = tl.load(indices + patch * taps + tap)
+            weight = tl.load(weights + patch * taps + tap)
+            # NaN, not what lies outside the table.
+            known = inside & (index >= 0) & (index < learned)
+            total += weight * tl.load(table + index * size + at, mask=known, other=float("nan")).to(tl.float32)
+        tl.store(output + patch * size + at, total.to(output.dtype.element_ty), mask=inside)
 
     @triton.jit
     def cubic_weight(distance):
@@ -147,13 +213,13 @@ if triton is not None:
 
     @triton.jit
     def learned_positions_kernel(
-        places, table, output, patches, side: tl.constexpr, size: tl.constexpr, block: tl.constexpr
+        located, table, output, patches, side: tl.constexpr, size: tl.constexpr, block: tl.constexpr
     ):
         patch = tl.program_id(0)
-        row = tl.load(places + 2 * patches + patch).to(tl.float32)
-        column = tl.load(places + 3 * patches + patch).to(tl.float32)
-        height = tl.load(places + 4 * patches + patch).to(tl.float32)
-        width = tl.load(places + 5 * patches + patch).to(tl.float32)
+        row = tl.load(located + 2 * patches + patch).to(tl.float32)
+        column = tl.load(located + 3 * patches + patch).to(tl.float32)
+        height = tl.load(located + 4 * patches + patch).to(tl.float32)
+        width = tl.load(located + 5 * patches + patch).to(tl.float32)
         # Half-pixel centres, as in F.interpolate.
         y = tl.div_rn((row + 0.5) * side, height) - 0.5
         x = tl.div_rn((column + 0.5) * side, width) - 0.5
@@ -282,9 +348,17 @@ def add_rms_norm(
     """
     patches, size = residual.shape
     block = triton.next_power_of_2(size)
-    added = residual if delta is None else delta
     add_rms_norm_kernel[(patches,)](
-        residual, added, weight, out, eps, size, block, delta is not None, num_warps=max(1, min(8, block // 256))
+        residual,
+        residual if delta is None else delta,
+        weight,
+        out,
+        eps,
+        size,
+        block,
+        delta is not None,
+        num_warps=max(1, min(8, block // 256)),
+        enable_fp_fusion=True,
     )
 
 
@@ -297,21 +371,65 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous, of the same dtype of at most 32 bits.
     """
     patches, size = out.shape
-    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
+    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4, enable_fp_fusion=True)
 
 
-def swiglu_tile(patches: int, size: int, processors: int) -> SwigluTile:
-    """The faster tile. Tiles run in waves of one per multiprocessor."""
-    tall, low = (triton.cdiv(tiles(tile, patches, size), processors) for tile in (TALL_TILE, LOW_TILE))
-    return LOW_TILE if LOW_TILE_TIME * low < tall else TALL_TILE
-
-
-def tiles(tile: SwigluTile, patches: int, size: int) -> int:
+def tiles(tile: Tile, patches: int, size: int) -> int:
     return triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
 
 
+def fastest_tile(times: dict[Tile, float], patches: int, size: int, processors: int) -> Tile:
+    """By `times` of one tile. Tiles run in waves of one per multiprocessor."""
+    return min(times, key=lambda tile: times[tile] * triton.cdiv(tiles(tile, patches, size), processors))
+
+
+def processors_of(tensor: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+def product(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """
+    `out = hidden_states @ weight.T + bias + residual` in half precision: sums in float32, over the hidden values in
+    their order, and one rounding. Each row of `out` depends on its own rows only, bit for bit.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
+        weight (`torch.Tensor` of shape `(size, hidden_size)`): Contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Rows of a multiple of 8 values apart.
+        bias (`torch.Tensor` of shape `(size,)`, *optional*): Contiguous.
+        residual (`torch.Tensor` of shape `(patches, size)`, *optional*): May be `out`.
+        tile (`Tile`, *optional*): By default the fastest one.
+    """
+    (patches, hidden_size), size, processors = hidden_states.shape, out.shape[1], processors_of(out)
+    tile = tile or fastest_tile(PRODUCT_TILES, patches, size, processors)
+    values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
+    product_kernel[(min(tiles(tile, patches, size), processors),)](
+        TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
+        TensorDescriptor.from_tensor(weight, [tile.columns, tile.hidden]),
+        weight if bias is None else bias,
+        values if residual is None else TensorDescriptor.from_tensor(residual, [tile.rows, tile.columns]),
+        values,
+        patches,
+        hidden_size,
+        size,
+        *tile[:4],
+        bias is not None,
+        residual is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+
+
 def swiglu(
-    hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor, tile: SwigluTile | None = None
+    hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
 ) -> None:
     """
     `out = silu(hidden_states @ gate.T) * (hidden_states @ up.T)` in one kernel, in half precision: sums in float32, one
@@ -321,11 +439,10 @@ def swiglu(
         hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         gate_up_weight (`torch.Tensor` of shape `(2 * size, hidden_size)`): `gate` above `up`; contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
-        tile (`SwigluTile`, *optional*): By default the faster one.
+        tile (`Tile`, *optional*): By default the faster one.
     """
-    (patches, hidden_size), size = hidden_states.shape, out.shape[1]
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    tile = tile or swiglu_tile(patches, size, processors)
+    (patches, hidden_size), size, processors = hidden_states.shape, out.shape[1], processors_of(out)
+    tile = tile or fastest_tile(SWIGLU_TILES, patches, size, processors)
     swiglu_kernel[(min(tiles(tile, patches, size), processors),)](
         TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
         TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, tile.columns, tile.hidden]),
@@ -336,62 +453,103 @@ def swiglu(
         *tile[:4],
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,
     )
 
 
-def patch_places(cu_seqlens: torch.Tensor, frame_sizes: torch.Tensor, patches: int) -> torch.Tensor:
+def locate_patches(segments: torch.Tensor, patches: int, has_frames: bool) -> torch.Tensor:
     """
-    Where each patch is, int32 of shape `(6, patches)`: the first patch of its segment and the patch after its last; its
-    row and its column in its frame; the rows and the columns of that.
+    Where each patch is, int32 of shape `(6, patches)`: the first patch of its segment and the patch after its last; and
+    with frames its row and its column in its frame, the rows and the columns of that. Padding is a segment of its own.
 
     Args:
-        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): At least one segment.
-        frame_sizes (`torch.Tensor`, int32 of shape `(2, num_segments)`): Of a [`PackedLayout`]; contiguous.
-        patches (`int`): What `cu_seqlens` ends with.
+        segments (`torch.Tensor` of int32): The number of segments, `cu_seqlens`, then with frames the rows of the
+            frames of each segment, and their columns.
+        patches (`int`): Padding included, which is what follows the last segment.
+        has_frames (`bool`): Whether the sizes of frames are there.
     """
-    places = cu_seqlens.new_empty(6, patches)
-    patch_places_kernel[(triton.cdiv(patches, 128),)](
-        cu_seqlens, frame_sizes, places, patches, frame_sizes.shape[1], 128, num_warps=4
+    located = segments.new_empty(6 if has_frames else 2, patches)
+    locate_patches_kernel[(triton.cdiv(patches, 128),)](
+        segments, located, patches, has_frames, 128, num_warps=4, enable_fp_fusion=True
     )
-    return places
+    return located
 
 
-def native_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def native_positions(rows: torch.Tensor, columns: torch.Tensor, frequencies: torch.Tensor, out: torch.Tensor) -> None:
     """
-    Position embeddings `(patches, 2 * half)`: of the column, then of the row.
+    Position embeddings: sine and cosine of each column, then of each row, times each frequency; in float64.
 
     Args:
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
-        table (`torch.Tensor` of shape `(positions, half)`): For more positions than any row or column; contiguous.
+        rows, columns (`torch.Tensor` of integers of shape `(patches,)`): Of the same stride.
+        frequencies (`torch.Tensor`, float64 of shape `(count,)`): Contiguous.
+        out (`torch.Tensor` of shape `(patches, 4 * count)`): Contiguous.
     """
-    patches, (positions, half) = places.shape[1], table.shape
-    output = table.new_empty(patches, 2 * half)
-    native_positions_kernel[(patches,)](
-        places, table, output, patches, positions, half, triton.next_power_of_2(half), num_warps=2
+    count = len(frequencies)
+    native_positions_kernel[(len(out),)](
+        rows,
+        columns,
+        rows.stride(0),
+        frequencies,
+        out,
+        count,
+        triton.next_power_of_2(count),
+        num_warps=2,
+        enable_fp_fusion=True,
     )
-    return output
 
 
-def learned_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def learned_positions(located: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
     """
-    Position embeddings `(patches, size)`: `table` resampled to each frame by the bicubic interpolation of
-    `F.interpolate`, without antialiasing; summed in float32 and rounded once.
+    Position embeddings: `table` resampled to each frame by the bicubic interpolation of `F.interpolate`, without
+    antialiasing; summed in float32 and rounded once.
 
     Args:
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
+        located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
         table (`torch.Tensor` of shape `(side * side, size)`): The learned positions; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous.
     """
-    patches, size = places.shape[1], table.shape[1]
-    output = table.new_empty(patches, size)
+    patches, size = out.shape
     learned_positions_kernel[(patches,)](
-        places, table, output, patches, math.isqrt(len(table)), size, triton.next_power_of_2(size), num_warps=4
+        located,
+        table,
+        out,
+        patches,
+        math.isqrt(len(table)),
+        size,
+        triton.next_power_of_2(size),
+        num_warps=4,
+        enable_fp_fusion=True,
     )
-    return output
+
+
+def weighted_positions(indices: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    """
+    Position embeddings: sums of learned ones, in float32 and rounded once; NaN where an index is not in the table.
+
+    Args:
+        indices, weights (`torch.Tensor`, int64 and float32 of shape `(patches, taps)`): Which, and how much of each;
+            contiguous.
+        table (`torch.Tensor` of shape `(learned, size)`): The learned positions; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous.
+    """
+    patches, size = out.shape
+    weighted_positions_kernel[(patches,)](
+        indices,
+        weights,
+        table,
+        out,
+        len(table),
+        indices.shape[1],
+        size,
+        triton.next_power_of_2(size),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, located: torch.Tensor, out: torch.Tensor
+) -> None:
     """
     Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
     values, as in flash attention. No patch of another segment has a say, NaN or infinite as it may be.
@@ -399,22 +557,19 @@ def segment_attention(
     Args:
         query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
             `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
-
-    Returns:
-        `torch.Tensor` of `query`'s shape, contiguous.
+        located (`torch.Tensor`, int32 of shape `(2 or 6, patches)`): What `locate_patches` returns.
+        out (`torch.Tensor` of `query`'s shape): Contiguous.
     """
     patches, heads, head_dim = query.shape
-    output = query.new_empty(patches, heads, head_dim)
     # exp2 is what the hardware has.
     scale = head_dim**-0.5 * math.log2(math.e)
     segment_attention_kernel[(triton.cdiv(patches, BLOCK_ROWS), heads)](
         query,
         key,
         value,
-        output,
-        places[0],
-        places[1],
+        out,
+        located[0],
+        located[1],
         scale,
         query.stride(0),
         patches,
@@ -423,5 +578,5 @@ def segment_attention(
         BLOCK_KEYS,
         num_warps=WARPS,
         num_stages=STAGES,
+        enable_fp_fusion=True,
     )
-    return output
