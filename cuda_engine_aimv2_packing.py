@@ -611,12 +611,11 @@ def layer_of(layer: nn.Module) -> Layer:
     )
 
 
-def where_they_lie(parameters: Sequence[nn.Parameter]) -> tuple[list, list, list]:
-    """What tells that memory of a parameter was exchanged: addresses, sizes and strides."""
+def where_they_lie(parameters: Sequence[nn.Parameter]) -> tuple[list, list]:
+    """What tells that the memory of a parameter was exchanged."""
     return (
         list(map(torch.Tensor.data_ptr, parameters)),
-        list(map(torch.Tensor.size, parameters)),
-        list(map(torch.Tensor.stride, parameters)),
+        list(map(torch.Tensor.is_contiguous, parameters)),
     )
 
 
