@@ -37,6 +37,7 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
     """
 
     model_type = "aimv2_packing"
+    _auto_class = "AutoConfig"
 
     # Names of modules below `Aimv2PackingModel`; a tensor-parallel rank holds whole attention heads.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
@@ -139,6 +140,7 @@ class Aimv2PackingImageTextConfig(Aimv2Config):
     """
 
     model_type = "aimv2_packing_image_text"
+    _auto_class = "AutoConfig"
     sub_configs: ClassVar[dict[str, type]] = {"text_config": Aimv2TextConfig, "vision_config": Aimv2PackingConfig}
 
     def __post_init__(self, **kwargs: Any):

@@ -1,7 +1,7 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-CUDA graphs that leave no trace outside themselves, whatever it is that they run.
+Tensors side by side in memory, and CUDA graphs that leave no trace outside themselves: of whatever model.
 
 What a capture allocates, cuBLAS's workspaces among it, comes from one memory pool of a GPU, which is never given back;
 and it is captured on a stream that nobody else has, by which PyTorch tells workspaces apart. So no graph of others
@@ -15,12 +15,13 @@ import logging
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,65 @@ PATIENCE = 16
 
 # How many keys that have no graph are remembered.
 MAX_SEEN = 4096
+
+
+# Tensors side by side
+
+
+def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> str | None:
+    """Moves parameters side by side in memory, or says why they stay where they are."""
+    first = parameters[0]
+    for parameter in parameters:
+        if type(parameter) is not nn.Parameter:
+            return f"one is a {type(parameter).__name__}"
+        if parameter.is_meta or parameter.layout != torch.strided or not parameter.is_contiguous():
+            return "one is on the meta device, sparse or not contiguous"
+        if (parameter.dtype, parameter.device, parameter.shape[1:]) != (first.dtype, first.device, first.shape[1:]):
+            return "they differ in dtype, device or shape"
+        if not parameter.is_floating_point() or not parameter.nbytes or parameter.nbytes % 16:
+            return "one holds no floating-point values, or the next would not begin at a multiple of 16 bytes"
+        storage = parameter.untyped_storage()
+        # The parameter's own, and what `storage` holds.
+        if storage.nbytes() != parameter.nbytes or torch._C._storage_Use_Count(storage._cdata) > 2:
+            return "one shares its storage"
+        if not parameter.is_cuda and parameter.is_shared():
+            return "one is shared with other processes"
+    if len(set(map(id, parameters))) < len(parameters):
+        return "one is used twice"
+    # Tensors made in inference mode could not be trained later.
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, own in zip(parameters, whole.split(list(map(len, parameters))), strict=True):
+            # In a storage that begins and ends with it, and keeps the memory of all alive.
+            parameter.data = torch.from_dlpack(own)
+    return None
+
+
+def are_adjacent(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether each begins where the one before it ends, so that one tensor can be all of them."""
+    kinds = {(tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors}
+    ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
+    return len(kinds) == 1 and next(iter(kinds))[2] and ends[:-1] == [tensor.data_ptr() for tensor in tensors[1:]]
+
+
+class Memory:
+    """What lies at an address of a GPU, as other libraries show theirs to PyTorch."""
+
+    def __init__(self, address: int, size: int):
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
+
+
+def whole_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Adjacent tensors as one along the first dimension: a view that keeps none of them alive."""
+    first, size = tensors[0], sum(tensor.nbytes for tensor in tensors)
+    if first.is_cuda:
+        memory = torch.as_tensor(Memory(first.data_ptr(), size), device=first.device)
+    else:
+        memory = torch.frombuffer((ctypes.c_char * size).from_address(first.data_ptr()), dtype=torch.uint8)
+    return memory.view(first.dtype).view(-1, *first.shape[1:])
+
+
+# Graphs
 
 
 class GraphDevice:

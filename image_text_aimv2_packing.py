@@ -29,10 +29,11 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules: list[str] = []  # The parts name their own.
+    tower_class = Aimv2PackingModel
 
     def __init__(self, config: Aimv2PackingImageTextConfig):
         super().__init__(config)
-        self.vision_model = Aimv2PackingModel._from_config(config.vision_config)
+        self.vision_model = self.tower_class._from_config(config.vision_config)
         self.text_model = Aimv2TextModel._from_config(config.text_config)
         for layer in self.text_model.encoder.layers:
             # As in Apple's code. transformers leaves causality to the mask, and drops the mask where nothing is padded:

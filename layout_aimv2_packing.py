@@ -6,10 +6,11 @@ How a packed batch divides: pure functions of `grid_thw` and the configuration, 
 Names and order of values are those of transformers' `vision_utils`, so that what either computes serves the other.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
-from operator import index
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,10 @@ MAX_PATCHES_PER_CALL = 4096
 # What one dimension of a CUDA grid holds; the attention kernels put a segment in each.
 MAX_SEGMENTS_PER_CALL = 65_535
 
-POSITIONS = ("position_ids", "num_positions", "interp_indices", "interp_weights")
+POSITIONS = ("position_ids", "interp_indices", "interp_weights")
+
+# Under these names transformers' `vision_utils` computes them.
+VISION_UTILS_NAMES = ("cu_seqlens", "max_seqlen", *POSITIONS)
 
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -34,14 +38,15 @@ INTEGER_DTYPES = {
 }
 
 
-class PackedLayout(NamedTuple):
+@dataclass(eq=False)
+class PackedLayout:
     """
-    How a packed batch divides, and where each patch is in its image. Each field is a keyword argument of
-    [`Aimv2PackingModel.forward`], under the name that transformers' `vision_utils` gives it, where it has one.
+    How a packed batch divides, and where each patch is in its image: what [`packed_layout`] returns, and `forward`
+    takes as `layout`. Trainer, pinned memory, pickling and torch.export carry it like a tensor.
 
     Attributes:
         runs (`tuple[tuple[int, int], ...]`, or `None`): Neighbouring segments of equal length as `(segments, length)`.
-            `None` in a traced forward, whose segments are then of one length.
+            `None` where the host does not know the lengths: in a program that takes `cu_seqlens` as an input.
         cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): Index of each segment's first patch, and last
             the number of patches.
         max_seqlen (`int`): Patches of the longest segment, or a larger number.
@@ -71,6 +76,28 @@ class PackedLayout(NamedTuple):
         """Patches of each segment."""
         return tuple(length for segments, length in self.runs or () for _ in range(segments))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that are tensors, by name."""
+        return {
+            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
+        """The layout with its tensors on a device; itself where they are there."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.tensors().items()
+            if value.device != device
+        }
+        return replace(self, **moved) if moved else self
+
+    def pin_memory(self) -> "PackedLayout":
+        """The layout in pinned memory: what a [`~torch.utils.data.DataLoader`] with `pin_memory=True` asks for."""
+        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
+
+
+torch.export.register_dataclass(PackedLayout)
+
 
 def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Neighbours of equal length as `(segments, length)`, up to `MAX_PATCHES_PER_CALL` patches where possible."""
@@ -85,18 +112,26 @@ def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return (*runs, (segments, previous)) if segments else ()
 
 
-def segment_lengths(grids: Sequence[tuple[int, int, int]], config: Aimv2PackingConfig) -> list[int]:
-    """Patches of each frame, or with `merge_temporal` of each image or video."""
-    if config.merge_temporal:
-        return [t * h * w for t, h, w in grids]
-    return [h * w for t, h, w in grids for _ in range(t)]
+def split_by_segments(layout: PackedLayout) -> Iterator[tuple[slice, slice, PackedLayout]]:
+    """
+    A layout in parts of at most `MAX_SEGMENTS_PER_CALL` segments, each with where its segments and its patches are in
+    the whole. A part has no positions.
+    """
+    lengths = layout.lengths
+    starts = list(accumulate(lengths, initial=0))
+    for first in range(0, len(lengths), MAX_SEGMENTS_PER_CALL):
+        last = min(first + MAX_SEGMENTS_PER_CALL, len(lengths))
+        own = lengths[first:last]
+        cu_seqlens = layout.cu_seqlens[first : last + 1] - layout.cu_seqlens[first]
+        part = PackedLayout(equal_length_runs(own), cu_seqlens, max(own))
+        yield slice(first, last), slice(starts[first], starts[last]), part
 
 
 @torch.compiler.disable
 def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches: int | None = None) -> PackedLayout:
     """
     What a forward derives from `grid_thw`, on the CPU and without a model: `forward` calls this itself. A data loader's
-    worker can call it ahead, for `model(hidden_states, grid_thw, **layout._asdict())`.
+    worker can call it before, for `model(hidden_states, layout=layout)`.
 
     Args:
         grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): Frames, rows and columns of patches.
@@ -105,18 +140,30 @@ def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patche
 
     Raises:
         ValueError: `grid_thw` is not as above, holds a size below 1, or describes 2**31 patches or more.
+
+    Example:
+
+    ```python
+    >>> packed_layout(torch.tensor([[1, 2, 3], [1, 4, 4]]), config).cu_seqlens
+    tensor([ 0,  6, 22], dtype=torch.int32)
+    ```
     """
-    grid_thw, grids = validate_grid_thw(grid_thw, num_patches)
-    lengths, frame_sizes = segment_lengths(grids, config), grid_thw[:, 1:]
-    if not config.merge_temporal:
-        frame_sizes = frame_sizes.repeat_interleave(grid_thw[:, 0], dim=0)
+    grids = validate_grid_thw(grid_thw, num_patches)
+    if config.merge_temporal:
+        frames, lengths = grids, [t * h * w for t, h, w in grids]
+    else:
+        frames = tuple((1, h, w) for t, h, w in grids for _ in range(t))
+        lengths = [h * w for _, h, w in frames]
+    rows, columns = [h for _, h, _ in frames], [w for _, _, w in frames]
+    # One buffer, and one pass in C over plain integers: a tensor of a list is several times slower.
+    values = torch.frombuffer(array("i", [*accumulate(lengths, initial=0), *rows, *columns]), dtype=torch.int32)
     return PackedLayout(
         runs=equal_length_runs(lengths),
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"),
+        cu_seqlens=values[: len(lengths) + 1],
         max_seqlen=max(lengths, default=0),
         grids=grids,
-        frame_sizes=frame_sizes.T.to(torch.int32).contiguous(),
-        num_positions=int(grid_thw[:, 1:].max()) if grids else 0,
+        frame_sizes=values[len(lengths) + 1 :].view(2, -1) if lengths else values.new_empty(2, 0),
+        num_positions=max(*rows, *columns) if lengths else 0,
     )
 
 
@@ -144,52 +191,147 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
         within = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         widths = frames[:, 1].repeat_interleave(sizes)
         position_ids = torch.stack([within // widths, within % widths], dim=1)
-        return layout._replace(position_ids=position_ids.to(device, non_blocking=True))
+        return replace(layout, position_ids=position_ids.to(device, non_blocking=True))
     # One more image of one patch, cut off again, makes an empty batch valid.
     indices, weights = get_vision_interpolation_indices_and_weights(
         F.pad(grid_thw, (0, 0, 0, 1), value=1), config.image_size // config.patch_size, mode="bicubic"
     )
     computed = {"interp_indices": indices[:-1], "interp_weights": weights[:-1]}
-    return layout._replace(
+    return replace(
+        layout,
         **{
             name: value.to(device, non_blocking=True)
             for name, value in computed.items()
             if getattr(layout, name) is None
-        }
+        },
     )
 
 
+def is_traced() -> bool:
+    """Whether a program is recorded that will run on other batches: by `torch.export`, ONNX or `torch.jit.trace`."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def resolve_layout(
-    grid_thw: torch.Tensor | None, given: dict[str, Any], config: Aimv2PackingConfig, hidden_states: torch.Tensor
+    hidden_states: torch.Tensor,
+    grid_thw: torch.Tensor | None,
+    layout: PackedLayout | None,
+    given: dict[str, Any],
+    config: Aimv2PackingConfig,
 ) -> PackedLayout:
     """
-    The layout of a forward: from what was computed ahead (fields of a [`PackedLayout`] by name), or else from
-    `grid_thw`; its tensors on the device of the patches.
+    The layout of a forward, its tensors where they were: `layout`, or what was computed before under the names of
+    transformers' `vision_utils`, or else what follows from `grid_thw`.
 
     Raises:
         ValueError: one of them is not as it has to be, or they do not describe the patches.
     """
-    num_patches, device = hidden_states.shape[0], hidden_states.device
-    segments = validate_segments(given, num_patches) if "cu_seqlens" in given else {}
+    num_patches = hidden_states.shape[0]
+    given = {name: given[name] for name in VISION_UTILS_NAMES if given.get(name) is not None}
+    if layout is not None:
+        if given:
+            raise ValueError(f"`layout` says all that {', '.join(map(repr, given))} would: give one or the other.")
+        return validate_layout(layout, num_patches)
     validate_positions(given, num_patches)
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
-    if segments and "grids" in given:
-        layout = PackedLayout(**segments, **positions | validate_frames(given | segments, num_patches, config))
-    elif segments and positions.keys() >= needed:
-        layout = PackedLayout(**segments, **positions)
-    else:
-        layout = packed_layout(grid_thw, config, num_patches)
-        if segments or positions:
-            # The caller's own segments or positions need not be those of the frames.
-            layout = layout._replace(**{"frame_sizes": None, "num_positions": None, **segments, **positions})
-    # From a device to the CPU the copy has to be waited for.
-    moved = {
-        name: value.to(device, non_blocking=value.device.type == "cpu")
-        for name, value in layout._asdict().items()
-        if isinstance(value, torch.Tensor)
+    if "cu_seqlens" in given and positions.keys() >= needed:
+        return PackedLayout(**segments_from(given, num_patches), **positions)
+    layout = packed_layout(grid_thw, config, num_patches)
+    if positions:
+        layout = replace(layout, frame_sizes=None, num_positions=None, **positions)
+    if "cu_seqlens" in given:
+        # The caller's own segments need not be those of the frames.
+        layout = replace(layout, frame_sizes=None, **segments_from(given, num_patches))
+    return layout
+
+
+def segments_from(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
+    """`runs`, `cu_seqlens` and `max_seqlen` from what was given under the last two names."""
+    cu_seqlens, max_seqlen = given["cu_seqlens"], given.get("max_seqlen")
+    if (
+        not is_dense(cu_seqlens)
+        or cu_seqlens.dtype not in INTEGER_DTYPES
+        or cu_seqlens.ndim != 1
+        or cu_seqlens.shape[0] == 0
+    ):
+        raise ValueError(
+            f"`cu_seqlens` must be a tensor of integers of shape (num_segments + 1,), got {kind_of(cu_seqlens)}."
+        )
+    segments = {"cu_seqlens": cu_seqlens.to(torch.int32)}
+    if torch.compiler.is_compiling() or is_traced():
+        return {**segments, "runs": None, "max_seqlen": num_patches if max_seqlen is None else int(max_seqlen)}
+    return {**segments, **read_segments(cu_seqlens, max_seqlen, num_patches)}
+
+
+@torch.compiler.disable
+def read_segments(cu_seqlens: torch.Tensor, max_seqlen: int | None, num_patches: int) -> dict[str, Any]:
+    """`runs` and `max_seqlen` from the values of `cu_seqlens`, which are copied to the host."""
+    values = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(values)]
+    if values[0] != 0 or min(lengths, default=1) < 1:
+        raise ValueError("`cu_seqlens` must begin with 0 and rise from each value to the next.")
+    if values[-1] != num_patches:
+        raise ValueError(f"`cu_seqlens` describes {values[-1]} patches, but `hidden_states` holds {num_patches}.")
+    longest = max(lengths, default=0)
+    validate_max_seqlen(longest if max_seqlen is None else max_seqlen, longest)
+    return {
+        "runs": equal_length_runs(lengths),
+        "max_seqlen": longest if max_seqlen is None else int(max_seqlen),
     }
-    return layout._replace(**moved)
+
+
+def with_runs(layout: PackedLayout, num_patches: int) -> PackedLayout:
+    """The layout with the lengths of its segments known to the host."""
+    return layout if layout.runs is not None else replace(layout, **read_segments(layout.cu_seqlens, None, num_patches))
+
+
+def zero_if_of_one_length(cu_seqlens: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """
+    0.0 of shape `(1,)` where all segments are of one length; where they are not, an index that is out of range ends the
+    program. An assertion would not do: ONNX drops it.
+    """
+    num_segments = cu_seqlens.shape[0] - 1
+    expected = torch.arange(num_segments + 1, device=cu_seqlens.device) * (num_patches // num_segments)
+    differs = (cu_seqlens != expected).any().to(torch.int64).view(1)
+    return torch.zeros(1, device=cu_seqlens.device).index_select(0, differs)
+
+
+def segment_ids(cu_seqlens: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """The segment of each patch, int64 of shape `(num_patches,)`, by operations that every exporter has."""
+    patches = torch.arange(num_patches, device=cu_seqlens.device)
+    return (patches.unsqueeze(1) >= cu_seqlens[1:].unsqueeze(0)).sum(1)
+
+
+def mean_over_segments(features: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """
+    Mean over the patches of each segment, `(total_patches, hidden_size)` to `(num_segments, hidden_size)`, in the dtype
+    of `features`.
+    """
+    lengths = cu_seqlens.diff().to(features.device, non_blocking=True)
+    # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
+    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True).to(features.dtype)
+
+
+def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Splits packed features into one map per image or video.
+
+    Args:
+        features (`torch.Tensor` of shape `(total_patches, ...)`): Such as `last_hidden_state`.
+        grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): What the model was called with.
+
+    Returns:
+        `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
+
+    Raises:
+        ValueError: `grid_thw` does not describe as many patches as `features` holds.
+    """
+    grids = grid_thw.tolist()
+    lengths = [t * h * w for t, h, w in grids]
+    if sum(lengths) != len(features):
+        raise ValueError(f"`grid_thw` describes {sum(lengths)} patches, but `features` holds {len(features)}.")
+    return [part.unflatten(0, grid) for part, grid in zip(features.split(lengths), grids, strict=True)]
 
 
 def sincos(positions: torch.Tensor, num_frequencies: int) -> torch.Tensor:
@@ -232,9 +374,10 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
         )
     if kwargs.get("output_attentions") or config.output_attentions:
         raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
-    known = {*PackedLayout._fields, *TransformersKwargs.__annotations__, "use_cache"}
+    known = {*VISION_UTILS_NAMES, *TransformersKwargs.__annotations__, "use_cache"}
     for name in (name for name, value in kwargs.items() if value is not None and name not in known):
-        raise TypeError(f"`{name}` is not an argument of `forward`.")
+        hint = " Its name here is `grid_thw`." if name.endswith("_grid_thw") else ""
+        raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
 
 
 def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, device: torch.device) -> None:
@@ -258,12 +401,10 @@ def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, devic
         raise ValueError(f"`hidden_states` is on the meta device, but the model is on {device}.")
 
 
-def validate_grid_thw(
-    grid_thw: Any, num_patches: int | None = None
-) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
+def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tuple[int, int, int], ...]:
     """
-    Checks `grid_thw` and returns it as int64 on the CPU, and its values: the only device-to-host copy of a forward, and
-    none at all when it is there already.
+    Checks `grid_thw` and returns its values: the only device-to-host copy of a forward, and none at all when it is on
+    the CPU already.
 
     Raises:
         ValueError: not an integer tensor of shape `(num_images, 3)`, a size below 1, or not `num_patches` in all.
@@ -280,81 +421,48 @@ def validate_grid_thw(
             f"`grid_thw` describes {len(grid_thw)} images of at least one patch, but `hidden_states` holds "
             f"{num_patches} patches."
         )
-    grid_thw = grid_thw.detach().cpu()
     grids = tuple(map(tuple, grid_thw.tolist()))
-    described = count_patches("grid_thw", grids, num_patches)
-    if described > torch.iinfo(torch.int32).max:
-        raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
-    return grid_thw.to(torch.int64), grids
-
-
-def count_patches(name: str, grids: Sequence[tuple[int, int, int]], num_patches: int | None) -> int:
-    """
-    The patches of all images.
-
-    Raises:
-        ValueError: a size below 1, or not `num_patches` in all.
-    """
     if min(map(min, grids), default=1) < 1:
         image, sizes = next((image, sizes) for image, sizes in enumerate(grids) if min(sizes) < 1)
-        raise ValueError(f"`{name}` must hold sizes of at least 1, got {sizes} for image {image}.")
+        raise ValueError(f"`grid_thw` must hold sizes of at least 1, got {sizes} for image {image}.")
     described = sum(t * h * w for t, h, w in grids)
     if num_patches is not None and described != num_patches:
-        raise ValueError(f"`{name}` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    return described
+        raise ValueError(f"`grid_thw` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    if described > torch.iinfo(torch.int32).max:
+        raise ValueError(f"`grid_thw` must describe fewer than 2**31 patches, got {described}.")
+    return grids
 
 
-def validate_segments(given: dict[str, Any], num_patches: int) -> dict[str, Any]:
-    """Checks a `cu_seqlens` computed ahead, and derives from it what was not given with it."""
-    cu_seqlens = given["cu_seqlens"]
-    if (
-        not is_dense(cu_seqlens)
-        or cu_seqlens.dtype not in INTEGER_DTYPES
-        or cu_seqlens.ndim != 1
-        or cu_seqlens.shape[0] == 0
-    ):
-        raise ValueError(
-            f"`cu_seqlens` must be a tensor of integers of shape (num_segments + 1,), got {kind_of(cu_seqlens)}."
-        )
-    segments = {"cu_seqlens": cu_seqlens.to(torch.int32), "max_seqlen": given.get("max_seqlen", num_patches)}
-    runs = given.get("runs")
-    if runs is None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return {**segments, "runs": None}
-    if runs is None:
-        values = cu_seqlens.tolist()
-        lengths = [end - start for start, end in pairwise(values)]
-        if values[0] != 0 or min(lengths, default=1) < 1:
-            raise ValueError("`cu_seqlens` must begin with 0 and rise from each value to the next.")
-        runs = equal_length_runs(lengths)
-        segments["max_seqlen"] = given.get("max_seqlen", max(lengths, default=0))
-    described = sum(segments * length for segments, length in runs)
-    longest = max((length for _, length in runs), default=0)
+def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
+    """
+    Raises:
+        ValueError: not a `PackedLayout`, or not of so many patches.
+    """
+    if not isinstance(layout, PackedLayout):
+        kind = f"{type(layout).__module__}.{type(layout).__name__}"
+        raise ValueError(f"`layout` must be a {PackedLayout.__module__}.PackedLayout, got {kind}.")
+    if torch.compiler.is_compiling() or is_traced():
+        # A guard on each length would compile anew for each mix.
+        return layout
+    if layout.runs is None:
+        layout = with_runs(layout, num_patches)
+    described = sum(segments * length for segments, length in layout.runs or ())
     if described != num_patches:
-        raise ValueError(f"`cu_seqlens` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    if segments["max_seqlen"] < longest:
+        raise ValueError(f"`layout` describes {described} patches, but `hidden_states` holds {num_patches}.")
+    num_segments = sum(segments for segments, _ in layout.runs or ())
+    if tuple(layout.cu_seqlens.shape) != (num_segments + 1,):
         raise ValueError(
-            f"`max_seqlen` must be at least the longest segment, {longest} patches, got {segments['max_seqlen']}."
+            f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
+            f"{kind_of(layout.cu_seqlens)}."
         )
-    return {**segments, "runs": runs}
+    validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
+    validate_positions(layout.tensors(), num_patches)
+    return layout
 
 
-def validate_frames(given: dict[str, Any], num_patches: int, config: Aimv2PackingConfig) -> dict[str, Any]:
-    """Checks `grids` and `frame_sizes` computed ahead; drops the latter where the segments are not those of frames."""
-    try:
-        grids = tuple((index(t), index(h), index(w)) for t, h, w in given["grids"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`grids` must hold (t, h, w) of each image, got {given['grids']!r:.100}.") from error
-    count_patches("grids", grids, num_patches)
-    frames: dict[str, Any] = {"grids": grids, "num_positions": max((max(h, w) for _, h, w in grids), default=0)}
-    if "frame_sizes" in given and given["runs"] == equal_length_runs(segment_lengths(grids, config)):
-        sizes, num_segments = given["frame_sizes"], given["cu_seqlens"].shape[0] - 1
-        if not is_dense(sizes) or sizes.dtype not in INTEGER_DTYPES or tuple(sizes.shape) != (2, num_segments):
-            raise ValueError(
-                f"`frame_sizes` must be a tensor of integers of shape (2, {num_segments}), one column per segment, got "
-                f"{kind_of(sizes)}."
-            )
-        frames["frame_sizes"] = sizes.to(torch.int32).contiguous()
-    return frames
+def validate_max_seqlen(max_seqlen: int, longest: int) -> None:
+    if max_seqlen < longest:
+        raise ValueError(f"`max_seqlen` must be at least the longest segment, {longest} patches, got {max_seqlen}.")
 
 
 def validate_positions(given: dict[str, Any], num_patches: int) -> None:
@@ -367,4 +475,4 @@ def validate_positions(given: dict[str, Any], num_patches: int) -> None:
             )
 
 
-__all__ = ["PackedLayout", "packed_layout", "with_positions"]
+__all__ = ["PackedLayout", "packed_layout", "unpack_features", "with_positions"]

@@ -10,34 +10,35 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
-from transformers.utils.output_capturing import capture_outputs
-from transformers.vision_utils import get_vision_cu_seqlens
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
-from .cuda_engine_aimv2_packing import CudaGraphSettings, laid_side_by_side
-from .inference_aimv2_packing import choose_engine
 from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
+    VISION_UTILS_NAMES,
     PackedLayout,
-    equal_length_runs,
+    is_traced,
+    mean_over_segments,
     resolve_layout,
+    segment_ids,
     sincos,
+    split_by_segments,
+    unpack_features,
     validate_hidden_states,
     validate_keyword_arguments,
     with_positions,
+    with_runs,
+    zero_if_of_one_length,
 )
 
 
@@ -47,20 +48,38 @@ from .layout_aimv2_packing import (
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out, on `(batch, heads, length, head_dim)`; the softmax is in float32."""
     scores = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
-def has_varlen_kernel(query: torch.Tensor) -> bool:
-    """Whether PyTorch's own `varlen_attn`, a flash-attention kernel, takes this `(..., head_dim)` tensor."""
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's own flash attention takes packed `(total_patches, heads, head_dim)` tensors, and may."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """
+    PyTorch's own flash attention on packed tensors. Not its `varlen_attn`, which from torch 2.14 on takes cuDNN's
+    kernel and builds a plan for nearly every new mix.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, False, False
+    )[0]
+
+
+def in_several_calls(query: torch.Tensor, layout: PackedLayout) -> bool:
+    """Whether there are more segments than a grid of the CUDA kernels holds."""
+    return query.is_cuda and layout.cu_seqlens.shape[0] - 1 > MAX_SEGMENTS_PER_CALL and layout.runs is not None
 
 
 def segment_attention(
@@ -88,8 +107,14 @@ def segment_attention(
         # No kernel takes an empty batch; the sum keeps the gradient of every projection defined.
         return query + key.sum(0) + value.sum(0)
     num_segments = layout.cu_seqlens.shape[0] - 1
-    if query.is_cuda and num_segments > MAX_SEGMENTS_PER_CALL and layout.runs is not None:
-        return attention_in_several_calls(module, query, key, value, layout, one_query)
+    if in_several_calls(query, layout):
+        outputs = [
+            segment_attention(
+                module, query[segments if one_query else patches], key[patches], value[patches], part, one_query
+            )
+            for segments, patches, part in split_by_segments(layout)
+        ]
+        return torch.cat(outputs)
 
     implementation = module.config._attn_implementation
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -112,13 +137,21 @@ def segment_attention(
         )
         return output.squeeze(0)
 
-    runs = layout.runs or ((num_segments, key.shape[0] // num_segments),)
-    if implementation == "sdpa" and not dropout and has_varlen_kernel(query):
+    runs = layout.runs
+    if implementation == "sdpa" and not dropout and has_varlen_kernel(query.device, query.dtype, query.shape[-1]):
         if num_segments * layout.max_seqlen != key.shape[0]:
-            return varlen_attn(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
+            return varlen_attention(query, key, value, cu_seqlens_q, layout.cu_seqlens, max_seqlen_q, layout.max_seqlen)
         # Segments of one length: the dense kernels are faster than the varlen one.
         runs = ((num_segments, layout.max_seqlen),)
+    elif runs is None and implementation != "sdpa":
+        # A program for any mix: no lengths, so a mask of queries by patches.
+        ids = segment_ids(layout.cu_seqlens, key.shape[0])
+        query_ids = torch.arange(num_segments, device=ids.device) if one_query else ids
+        mask = query_ids.unsqueeze(1) == ids
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        return attention_interface(module, query, key, value, attention_mask=mask[None, None], **shared)[0].squeeze(0)
 
+    runs = runs or ((num_segments, key.shape[0] // num_segments),)
     keys_per_run = [segments * length for segments, length in runs]
     queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
     outputs = []
@@ -129,23 +162,6 @@ def segment_attention(
         output, _ = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         outputs.append(output.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def attention_in_several_calls(module, query, key, value, layout: PackedLayout, one_query: bool) -> torch.Tensor:
-    """[`segment_attention`] for more segments than one call of a CUDA kernel takes."""
-    lengths, outputs = layout.lengths, []
-    starts = [0, *accumulate(lengths)]
-    for first in range(0, len(lengths), MAX_SEGMENTS_PER_CALL):
-        last = min(first + MAX_SEGMENTS_PER_CALL, len(lengths))
-        keys = slice(starts[first], starts[last])
-        part = layout._replace(
-            runs=equal_length_runs(lengths[first:last]),
-            cu_seqlens=layout.cu_seqlens[first : last + 1] - layout.cu_seqlens[first],
-            max_seqlen=max(lengths[first:last]),
-        )
-        queries = query[first:last] if one_query else query[keys]
-        outputs.append(segment_attention(module, queries, key[keys], value[keys], part, one_query))
-    return torch.cat(outputs)
 
 
 # Layers
@@ -189,7 +205,7 @@ class Aimv2PackingEmbeddings(nn.Module):
 
     def native_positions(self, layout: PackedLayout) -> torch.Tensor:
         # Column first: AIMv2 was trained with [sin_w | cos_w | sin_h | cos_h], as MAE's code has it.
-        sides, num_frequencies = layout.position_ids.flip(1), self.config.hidden_size // 4
+        sides, num_frequencies = torch.flip(layout.position_ids, (1,)), self.config.hidden_size // 4
         if layout.num_positions is None:
             return sincos(sides, num_frequencies).flatten(1)
         # A row or column recurs in every image: few values are computed, and many looked up.
@@ -197,11 +213,15 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        indices = torch.arange(self.num_grid_per_side**2, device=layout.interp_indices.device)
-        table = self.position_embedding(indices)
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
         table = table.to(torch.promote_types(table.dtype, torch.float32))
-        weights = layout.interp_weights.to(table.dtype)
-        return F.embedding_bag(layout.interp_indices, table, per_sample_weights=weights, mode="sum")
+        # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
+        # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
+        indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
+        matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
+        for index, weight in zip(indices, weights, strict=True):
+            matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
+        return matrix @ table
 
 
 class Aimv2PackingAttention(nn.Module):
@@ -254,10 +274,18 @@ class Aimv2PackingEncoder(nn.Module):
         self.layers = nn.ModuleList([Aimv2PackingEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> BaseModelOutput:
-        for layer in self.layers:
+    def forward(
+        self, hidden_states: torch.Tensor, layout: PackedLayout, depths: Sequence[int] = (), last: bool = True
+    ) -> BaseModelOutput:
+        """All layers, or without `last` as many as the largest of `depths`, whose states are the `hidden_states`."""
+        states = [hidden_states] if 0 in depths else []
+        for depth, layer in enumerate(self.layers, start=1):
+            if not last and depth > max(depths):
+                break
             hidden_states = layer(hidden_states, layout)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+            if depth in depths:
+                states.append(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=tuple(states))
 
 
 class Aimv2PackingAttentionPoolingHead(nn.Module):
@@ -295,7 +323,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Aimv2PackingEncoderLayer}
+    # What `save_pretrained` registers, with the code that the class needs.
+    _auto_class = "AutoModel"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -307,12 +336,12 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
 def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_initialized: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: the checkpoint lacks weights of this model that are not, and are not in, `newly_initialized`.
+        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
+            module of theirs is in `newly_initialized`.
     """
+    random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
+        name for name in random if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
     )
     if not missing:
         return
@@ -331,15 +360,16 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     """
     AIMv2 over packed images of any sizes, with the weights and outputs of [`~transformers.Aimv2VisionModel`].
 
-    Attributes:
-        use_engines (`bool`, defaults to `True`): Whether an inference engine may run the layers where it gives the same
-            features faster.
-        path (`str`): How the last forward ran: the name of an engine, or `"plain: "` and why none could.
-    """
+    Example:
 
-    use_engines = True
-    path = "plain: no forward has run"
-    cuda_graph_settings = CudaGraphSettings()
+    ```python
+    >>> model = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    >>> hidden_states = torch.randn(2 * 3 + 4 * 4, 588)  # two images, end to end
+    >>> with torch.inference_mode():
+    ...     model(hidden_states, torch.tensor([[1, 2, 3], [1, 4, 4]])).last_hidden_state.shape
+    torch.Size([22, 1024])
+    ```
+    """
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
@@ -351,10 +381,6 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             # Named only where there is one: accelerate's FSDP looks for every class that is named here.
             self._no_split_modules = [*self._no_split_modules, "Aimv2PackingAttentionPoolingHead"]
         self.post_init()
-
-    def _apply(self, *args, **kwargs):
-        with laid_side_by_side(self):
-            return super()._apply(*args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -374,33 +400,122 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 `["head"]` to put a new head on a checkpoint without one.
 
         Raises:
-            ValueError: the checkpoint lacks weights of this model.
+            ValueError: the checkpoint lacks weights of this model, or has them in another shape.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized)
         return (model, info) if output_loading_info else model
 
+    def encode(
+        self, hidden_states: torch.Tensor, layout: PackedLayout, depths: Sequence[int] = (), last: bool = True
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """
+        The layers, from patches to the final norm.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(total_patches, num_channels * patch_size**2)`): The patches.
+            layout (`PackedLayout`): How they divide.
+            depths (sequence of `int`, rising): After how many blocks states are wanted; 0 are the embeddings.
+            last (`bool`): Whether the features after the final norm are wanted.
+
+        Returns:
+            The states of `depths`, before the final norm, and the features or `None`; each `(total_patches,
+            hidden_size)`.
+        """
+        layout = with_positions(layout.to(hidden_states.device, non_blocking=True), self.config)
+        embedded = self.embeddings(hidden_states, layout)
+        output = self.encoder(embedded, layout, depths, last)
+        return output.hidden_states, self.rms_norm(output.last_hidden_state) if last else None
+
+    def _prepare(self, hidden_states, grid_thw, layout, kwargs: dict[str, Any]) -> tuple[torch.Tensor, PackedLayout]:
+        """Checks the arguments of a forward and returns its patches and layout."""
+        validate_keyword_arguments(kwargs, self.config)
+        validate_hidden_states(hidden_states, self.config, self.device)
+        layout = resolve_layout(hidden_states, grid_thw, layout, kwargs, self.config)
+        if layout.runs is None and not self._reads_cu_seqlens(hidden_states.device):
+            if not is_traced():
+                return hidden_states, with_runs(layout, hidden_states.shape[0])
+            if self.config._attn_implementation == "sdpa":
+                # Batched attention: a program for images of one size.
+                return hidden_states + zero_if_of_one_length(layout.cu_seqlens, hidden_states.shape[0]), layout
+        return hidden_states, layout
+
+    def _reads_cu_seqlens(self, device: torch.device) -> bool:
+        """Whether attention needs no lengths on the host."""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        return is_flash_attention_requested(self.config) or (
+            self.config._attn_implementation == "sdpa" and has_varlen_kernel(device, self.dtype, head_dim)
+        )
+
     @can_return_tuple
     def get_image_features(
-        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         `forward` with one vector per segment in any case: `pooler_output` is what the head gives, or without a head the
         mean over the patches, `(num_segments, hidden_size)`, not normalised.
         """
-        outputs = self(hidden_states, grid_thw, **{**kwargs, "return_dict": True})
+        hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
+        rest = {name: value for name, value in kwargs.items() if name not in VISION_UTILS_NAMES}
+        outputs = self(hidden_states, layout=layout, **{**rest, "return_dict": True})
         if outputs.pooler_output is None:
-            features = outputs.last_hidden_state
-            lengths = get_vision_cu_seqlens(grid_thw, merge_temporal=self.config.merge_temporal).diff()
-            lengths = lengths.to(features.device, non_blocking=True)
-            # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
-            mean = torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True)
-            outputs.pooler_output = mean.to(features.dtype)
+            outputs.pooler_output = mean_over_segments(outputs.last_hidden_state, layout.cu_seqlens)
         return outputs
 
-    @capture_outputs(tie_last_hidden_states=False)
+    def get_intermediate_layers(
+        self,
+        hidden_states: torch.Tensor,
+        grid_thw: torch.Tensor | None = None,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        norm: bool = True,
+        layout: PackedLayout | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
+        """
+        What single blocks give, as DINOv2's method of this name; no block after the last one needed runs.
+
+        Args:
+            hidden_states, grid_thw, layout: As for [`~Aimv2PackingModel.forward`].
+            n (`int` or sequence of `int`, *optional*, defaults to 1):
+                The last `n` blocks, or the 0-based indices of blocks; negative ones count from the end. The output of
+                block `k` is `hidden_states[k + 1]` of `output_hidden_states=True`.
+            reshape (`bool`, *optional*, defaults to `False`):
+                Whether to return a map `(t, h, w, hidden_size)` per image, as [`unpack_features`] does.
+            norm (`bool`, *optional*, defaults to `True`): Whether to apply the model's final norm.
+
+        Returns:
+            `tuple`: Per block `(total_patches, hidden_size)`, or with `reshape` a list of maps; in the order of `n`.
+
+        Raises:
+            ValueError: there is no such block, or the arguments of `forward` do not agree.
+        """
+        num_blocks = len(self.encoder.layers)
+        blocks = list(range(num_blocks - n, num_blocks)) if isinstance(n, int) else list(n)
+        if (isinstance(n, int) and n < 1) or not all(-num_blocks <= block < num_blocks for block in blocks):
+            raise ValueError(
+                f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
+            )
+        if reshape and grid_thw is None:
+            raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
+        depths = [block % num_blocks + 1 for block in blocks]
+        hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
+        rising = sorted(set(depths))
+        states, _ = self.encode(hidden_states, layout, rising, last=False)
+        chosen = dict(zip(rising, map(self.rms_norm, states) if norm else states, strict=True))
+        return tuple(unpack_features(chosen[depth], grid_thw) if reshape else chosen[depth] for depth in depths)
+
+    @can_return_tuple
     def forward(
-        self, hidden_states: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
+        layout: PackedLayout | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
@@ -410,14 +525,14 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`):
                 Frames, rows and columns of patches of each image; an image is a video of one frame. On the CPU it
                 costs no device synchronisation.
-            runs, cu_seqlens, max_seqlen, grids, frame_sizes, num_positions, position_ids, interp_indices,
-            interp_weights (*optional*):
-                Fields of a [`PackedLayout`] computed ahead, by [`packed_layout`] or by transformers' `vision_utils`.
-                `grid_thw` is not read where they say everything. Traced without `runs`, they are for segments of one
-                length.
-            output_hidden_states (`bool`, *optional*):
+            layout ([`PackedLayout`], *optional*):
+                What [`packed_layout`] computed before. `grid_thw` is not read then.
+            cu_seqlens, max_seqlen, position_ids, interp_indices, interp_weights (*optional*):
+                Computed before by transformers' `vision_utils`, instead of `layout`. `grid_thw` is read for what they
+                leave out. Segments of one's own and any subset of an image's patches are given so.
+            output_hidden_states (`bool`, or `int` or list of `int`, *optional*):
                 Whether to return the input of the encoder and the output of each layer, `(total_patches,
-                hidden_size)` each, before the final norm.
+                hidden_size)` each, before the final norm; or which of them, the others being `None`.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`~transformers.utils.ModelOutput`] rather than a tuple.
 
@@ -430,22 +545,25 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: the arguments have the wrong shape or dtype, or do not agree.
             TypeError: an argument is none of these, and none that transformers passes to every model.
         """
-        validate_keyword_arguments(kwargs, self.config)
-        validate_hidden_states(hidden_states, self.config, self.device)
-        given = {name: kwargs[name] for name in PackedLayout._fields if kwargs.get(name) is not None}
-        layout = resolve_layout(grid_thw, given, self.config, hidden_states)
-
-        output_hidden_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
-        engine = choose_engine(self, hidden_states, layout, bool(output_hidden_states))
-        if engine is not None:
-            last_hidden_state = engine.encode(self, hidden_states, layout)
-        else:
-            embedded = self.embeddings(hidden_states, layout)
-            last_hidden_state = self.rms_norm(self.encoder(embedded, layout).last_hidden_state)
+        hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
+        chosen = kwargs.get("output_hidden_states")
+        depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
+        states, last_hidden_state = self.encode(hidden_states, layout, depths)
+        pooled = self.head(last_hidden_state, layout.to(hidden_states.device)) if self.config.use_head else None
+        by_depth = dict(zip(depths, states, strict=True))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=self.head(last_hidden_state, layout) if self.config.use_head else None,
+            pooler_output=pooled,
+            hidden_states=tuple(map(by_depth.get, range(len(self.encoder.layers) + 1))) if depths else None,
         )
+
+    def _depths(self, chosen: bool | int | Sequence[int] | None) -> list[int]:
+        """The depths that `output_hidden_states` asks for, rising. An index out of range selects nothing."""
+        count = len(self.encoder.layers) + 1
+        if chosen is None or isinstance(chosen, bool):
+            return list(range(count)) if chosen else []
+        indices = [chosen] if isinstance(chosen, int) else chosen
+        return sorted({index % count for index in indices if -count <= index < count})
 
 
 __all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]

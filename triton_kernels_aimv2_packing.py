@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of an encoder: positions, norms, products, gate and up with what joins them, attention in segments."""
 
+import logging
 import math
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,11 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     TensorDescriptor = None
+
+logger = logging.getLogger(__name__)
+
+# What older versions of Triton do by default, and newer ones warn of or do otherwise.
+FUSED = {"enable_fp_fusion": True}
 
 # Of attention; measured on an H100, docs/kernels.md.
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
@@ -86,7 +94,6 @@ if triton is not None:
         hidden_states,
         weight,
         bias,
-        residual,
         output,
         patches,
         hidden_size: tl.constexpr,
@@ -95,21 +102,21 @@ if triton is not None:
         block_columns: tl.constexpr,
         block_hidden: tl.constexpr,
         group: tl.constexpr,
-        add_bias: tl.constexpr,
-        add_residual: tl.constexpr,
+        has_bias: tl.constexpr,
+        adds: tl.constexpr,
     ):
         row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
             row, column = corner_of(tile, row_tiles, column_tiles, group)
             row, column = row * block_rows, column * block_columns
             # What is added to comes first, as in cuBLAS.
-            if add_residual:
-                total = residual.load([row, column]).to(tl.float32)
+            if adds:
+                total = output.load([row, column]).to(tl.float32)
             else:
                 total = tl.zeros([block_rows, block_columns], tl.float32)
             for hidden in range(0, hidden_size, block_hidden):
                 total = tl.dot(hidden_states.load([row, hidden]), weight.load([column, hidden]).T, total)
-            if add_bias:
+            if has_bias:
                 columns = column + tl.arange(0, block_columns)
                 total += tl.load(bias + columns, mask=columns < size, other=0.0).to(tl.float32)[None, :]
             output.store([row, column], total.to(output.dtype))
@@ -191,22 +198,6 @@ if triton is not None:
         tl.store(output + 3 * count, tl.cos(down).to(tl.float32).to(dtype), mask=inside)
 
     @triton.jit
-    def weighted_positions_kernel(
-        indices, weights, table, output, learned, taps: tl.constexpr, size: tl.constexpr, block: tl.constexpr
-    ):
-        patch = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, block)
-        inside = at < size
-        total = tl.zeros([block], tl.float32)
-        for tap in tl.static_range(taps):
-            index = tl.load(indices + patch * taps + tap)
-            weight = tl.load(weights + patch * taps + tap)
-            # NaN, not what lies outside the table.
-            known = inside & (index >= 0) & (index < learned)
-            total += weight * tl.load(table + index * size + at, mask=known, other=float("nan")).to(tl.float32)
-        tl.store(output + patch * size + at, total.to(output.dtype.element_ty), mask=inside)
-
-    @triton.jit
     def cubic_weight(distance):
         # Keys' kernel with a = -0.75.
         near = (1.25 * distance - 2.25) * distance * distance + 1
@@ -215,29 +206,40 @@ if triton is not None:
 
     @triton.jit
     def learned_positions_kernel(
-        located, table, output, patches, side: tl.constexpr, size: tl.constexpr, block: tl.constexpr
+        located,
+        indices,
+        weights,
+        table,
+        output,
+        patches,
+        side: tl.constexpr,
+        size: tl.constexpr,
+        block: tl.constexpr,
+        has_frames: tl.constexpr,
     ):
-        patch = tl.program_id(0)
-        row = tl.load(located + 2 * patches + patch).to(tl.float32)
-        column = tl.load(located + 3 * patches + patch).to(tl.float32)
-        height = tl.load(located + 4 * patches + patch).to(tl.float32)
-        width = tl.load(located + 5 * patches + patch).to(tl.float32)
-        # Half-pixel centres, as in F.interpolate.
-        y = tl.div_rn((row + 0.5) * side, height) - 0.5
-        x = tl.div_rn((column + 0.5) * side, width) - 0.5
-        top, left = tl.floor(y), tl.floor(x)
+        patch = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        inside = at < size
         total = tl.zeros([block], tl.float32)
-        for i in tl.static_range(-1, 3):
-            vertical = cubic_weight(tl.abs(y - top - i))
-            line = tl.minimum(tl.maximum(top.to(tl.int32) + i, 0), side - 1) * side
-            for j in tl.static_range(-1, 3):
-                weight = vertical * cubic_weight(tl.abs(x - left - j))
-                learned = line + tl.minimum(tl.maximum(left.to(tl.int32) + j, 0), side - 1)
-                total += weight * tl.load(table + learned * size + at, mask=inside, other=0.0).to(tl.float32)
-        output += patch.to(tl.int64) * size
-        tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
+        if has_frames:
+            row = tl.load(located + 2 * patches + patch).to(tl.float32)
+            column = tl.load(located + 3 * patches + patch).to(tl.float32)
+            # Half-pixel centres, as in F.interpolate.
+            y = tl.div_rn((row + 0.5) * side, tl.load(located + 4 * patches + patch).to(tl.float32)) - 0.5
+            x = tl.div_rn((column + 0.5) * side, tl.load(located + 5 * patches + patch).to(tl.float32)) - 0.5
+            top, left = tl.floor(y), tl.floor(x)
+        for tap in tl.static_range(16):
+            if has_frames:
+                i, j = tap // 4 - 1, tap % 4 - 1
+                weight = cubic_weight(tl.abs(y - top - i)) * cubic_weight(tl.abs(x - left - j))
+                line = tl.minimum(tl.maximum(top.to(tl.int32) + i, 0), side - 1) * side
+                index = line + tl.minimum(tl.maximum(left.to(tl.int32) + j, 0), side - 1)
+            else:
+                weight = tl.load(weights + patch * 16 + tap)
+                index = tl.load(indices + patch * 16 + tap)
+            # NaN, not what lies outside the table.
+            known = (at < size) & (index >= 0) & (index < side * side)
+            total += weight * tl.load(table + index * size + at, mask=known, other=float("nan")).to(tl.float32)
+        tl.store(output + patch * size + at, total.to(output.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def attend_to_block(
@@ -348,20 +350,10 @@ def add_rms_norm(
         weight (`torch.Tensor` of shape `(size,)`): Of the same dtype.
         eps (`float`): Added to the mean square.
     """
-    patches, size = residual.shape
+    (patches, size), added = residual.shape, residual if delta is None else delta
     block = triton.next_power_of_2(size)
-    add_rms_norm_kernel[(patches,)](
-        residual,
-        residual if delta is None else delta,
-        weight,
-        out,
-        eps,
-        size,
-        block,
-        delta is not None,
-        num_warps=max(1, min(8, block // 256)),
-        enable_fp_fusion=True,
-    )
+    options = {"num_warps": max(1, min(8, block // 256)), **FUSED}
+    add_rms_norm_kernel[(patches,)](residual, added, weight, out, eps, size, block, delta is not None, **options)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
@@ -373,61 +365,129 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous, of the same dtype of at most 32 bits.
     """
     patches, size = out.shape
-    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4, enable_fp_fusion=True)
+    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4, **FUSED)
 
 
-def tiles(tile: Tile, patches: int, size: int) -> int:
-    return triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
+def tiles_and_options(tile: Tile | None, times: dict[Tile, float], out: torch.Tensor) -> tuple[Tile, int, dict]:
+    """The tile, by default the fastest of `times`; how many programs run at once; and how to compile them."""
+    patches, size = out.shape
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
+    counts = {
+        own: triton.cdiv(patches, own.rows) * triton.cdiv(size, own.columns)
+        for own in times | ({} if tile is None else {tile: 1.0})
+    }
+    # Tiles run in waves of one per multiprocessor.
+    tile = tile or min(times, key=lambda own: times[own] * triton.cdiv(counts[own], processors))
+    return tile, min(counts[tile], processors), {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
 
 
-def fastest_tile(times: dict[Tile, float], patches: int, size: int, processors: int) -> Tile:
-    """By `times` of one tile. Tiles run in waves of one per multiprocessor."""
-    return min(times, key=lambda tile: times[tile] * triton.cdiv(tiles(tile, patches, size), processors))
-
-
-def processors_of(tensor: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-
-
-def product(
+def product_in_order(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    adds: bool = False,
     tile: Tile | None = None,
 ) -> None:
     """
-    `out = hidden_states @ weight.T + bias + residual` in half precision: sums in float32, over the hidden values in
-    their order, and one rounding. Each row of `out` depends on its own rows only, bit for bit.
+    `out = hidden_states @ weight.T + bias`, with `adds` plus what is in `out`, in half precision: sums in float32, over
+    the hidden values in their order, and one rounding. Each row of `out` depends on its own rows only, bit for bit.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         weight (`torch.Tensor` of shape `(size, hidden_size)`): Contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Rows of a multiple of 8 values apart.
         bias (`torch.Tensor` of shape `(size,)`, *optional*): Contiguous.
-        residual (`torch.Tensor` of shape `(patches, size)`, *optional*): May be `out`.
         tile (`Tile`, *optional*): By default the fastest one.
     """
-    (patches, hidden_size), size, processors = hidden_states.shape, out.shape[1], processors_of(out)
-    tile = tile or fastest_tile(PRODUCT_TILES, patches, size, processors)
+    tile, programs, options = tiles_and_options(tile, PRODUCT_TILES, out)
+    states = TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden])
+    weights = TensorDescriptor.from_tensor(weight, [tile.columns, tile.hidden])
     values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
-    product_kernel[(min(tiles(tile, patches, size), processors),)](
-        TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
-        TensorDescriptor.from_tensor(weight, [tile.columns, tile.hidden]),
-        weight if bias is None else bias,
-        values if residual is None else TensorDescriptor.from_tensor(residual, [tile.rows, tile.columns]),
-        values,
-        patches,
-        hidden_size,
-        size,
-        *tile[:4],
-        bias is not None,
-        residual is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+    sizes, has_bias = (len(out), *weight.shape[::-1]), bias is not None
+    added = bias if has_bias else weight
+    product_kernel[(programs,)](states, weights, added, values, *sizes, *tile[:4], has_bias, adds, **options)
+
+
+def blas_numerics() -> tuple:
+    """The settings that say which of its kernels cuBLAS may take."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        *(matmul.fp32_precision, matmul.allow_fp16_accumulation, torch.backends.cuda.preferred_blas_library()),
+        *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
     )
+
+
+def multiply(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    adds: bool,
+    numerics: tuple | None,
+) -> None:
+    """
+    As `product_in_order`, by cuBLAS where that gives the same bits, or everywhere.
+
+    Args:
+        numerics (`tuple`, *optional*): What `blas_numerics` returns; `None` where bits do not matter.
+    """
+    if numerics is not None:
+        kind = (*hidden_states.shape, len(weight), out.stride(0), bias is not None, adds, out.dtype, out.device)
+        if not blas_keeps_order(*kind, numerics):
+            product_in_order(hidden_states, weight, out, bias, adds)
+            return
+    if adds:
+        out.addmm_(hidden_states, weight.t())
+    elif bias is None:
+        torch.mm(hidden_states, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden_states, weight.t(), out=out)
+
+
+@cache
+def blas_keeps_order(
+    patches: int,
+    hidden_size: int,
+    size: int,
+    stride: int,
+    has_bias: bool,
+    adds: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    numerics: tuple,
+) -> bool:
+    """Whether cuBLAS, as it is set, adds in the order of `product_in_order`, whose bits it then gives at every row."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=dtype, device=device)
+
+    with torch.inference_mode(False), torch.no_grad():
+        states, weight = random(patches, hidden_size), random(size, hidden_size) * hidden_size**-0.5
+        bias, theirs = random(size) if has_bias else None, random(patches, stride)
+        ours = theirs.clone()
+        multiply(states, weight, bias, theirs[:, :size], adds, None)
+        product_in_order(states, weight, ours[:, :size], bias, adds)
+        return torch.equal(ours, theirs)
+
+
+@cache
+def products_compile(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products can be Triton's: by a version of it that has tensor descriptors."""
+    if TensorDescriptor is None:
+        return False
+    try:
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            rows = torch.ones(16, 64, dtype=dtype, device=device)
+            for tile in SWIGLU_TILES:
+                swiglu(rows, rows.new_ones(32, 64), out=rows.new_empty(16, 16), tile=tile)
+            for tile in PRODUCT_TILES:
+                product_in_order(rows, rows, out=rows.new_empty(16, 16), tile=tile)
+    except Exception as error:  # whatever a compiler raises
+        logger.warning("Triton compiles no products here, which are cuBLAS's then: %s", error)
+        return False
+    return True
 
 
 def swiglu(
@@ -443,20 +503,13 @@ def swiglu(
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
         tile (`Tile`, *optional*): By default the faster one.
     """
-    (patches, hidden_size), size, processors = hidden_states.shape, out.shape[1], processors_of(out)
-    tile = tile or fastest_tile(SWIGLU_TILES, patches, size, processors)
-    swiglu_kernel[(min(tiles(tile, patches, size), processors),)](
-        TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
-        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, tile.columns, tile.hidden]),
-        TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
-        patches,
-        hidden_size,
-        size,
-        *tile[:4],
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
-    )
+    (patches, hidden_size), size = hidden_states.shape, out.shape[1]
+    tile, programs, options = tiles_and_options(tile, SWIGLU_TILES, out)
+    states = TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden])
+    pairs = gate_up_weight.view(2, size, hidden_size)
+    weights = TensorDescriptor.from_tensor(pairs, [2, tile.columns, tile.hidden])
+    values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
+    swiglu_kernel[(programs,)](states, weights, values, patches, hidden_size, size, *tile[:4], **options)
 
 
 def locate_patches(segments: torch.Tensor, patches: int, has_frames: bool) -> torch.Tensor:
@@ -470,10 +523,8 @@ def locate_patches(segments: torch.Tensor, patches: int, has_frames: bool) -> to
         patches (`int`): Padding included, which is what follows the last segment.
         has_frames (`bool`): Whether the sizes of frames are there.
     """
-    located = segments.new_empty(6 if has_frames else 2, patches)
-    locate_patches_kernel[(triton.cdiv(patches, 128),)](
-        segments, located, patches, has_frames, 128, num_warps=4, enable_fp_fusion=True
-    )
+    located, blocks = segments.new_empty(6, patches), triton.cdiv(patches, 128)
+    locate_patches_kernel[(blocks,)](segments, located, patches, has_frames, 128, num_warps=4, **FUSED)
     return located
 
 
@@ -486,72 +537,33 @@ def native_positions(rows: torch.Tensor, columns: torch.Tensor, frequencies: tor
         frequencies (`torch.Tensor`, float64 of shape `(count,)`): Contiguous.
         out (`torch.Tensor` of shape `(patches, 4 * count)`): Contiguous.
     """
-    count = len(frequencies)
-    native_positions_kernel[(len(out),)](
-        rows,
-        columns,
-        rows.stride(0),
-        frequencies,
-        out,
-        count,
-        triton.next_power_of_2(count),
-        num_warps=2,
-        enable_fp_fusion=True,
-    )
+    sizes = (len(frequencies), triton.next_power_of_2(len(frequencies)))
+    native_positions_kernel[(len(out),)](rows, columns, rows.stride(0), frequencies, out, *sizes, num_warps=2, **FUSED)
 
 
-def learned_positions(located: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+def learned_positions(
+    located: torch.Tensor, given: Sequence[torch.Tensor], table: torch.Tensor, out: torch.Tensor
+) -> None:
     """
-    Position embeddings: `table` resampled to each frame by the bicubic interpolation of `F.interpolate`, without
-    antialiasing; summed in float32 and rounded once.
+    Position embeddings: sums of learned ones, in float32 and rounded once. Without `given`, those of the bicubic
+    interpolation of `F.interpolate` to each frame, without antialiasing.
 
     Args:
         located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
+        given (sequence of two `torch.Tensor`, int64 and float32 of shape `(patches, 16)`, or empty): Which learned
+            positions, and how much of each; contiguous. One that is not in the table gives NaN.
         table (`torch.Tensor` of shape `(side * side, size)`): The learned positions; contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous.
     """
     patches, size = out.shape
-    learned_positions_kernel[(patches,)](
-        located,
-        table,
-        out,
-        patches,
-        math.isqrt(len(table)),
-        size,
-        triton.next_power_of_2(size),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-
-
-def weighted_positions(indices: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
-    """
-    Position embeddings: sums of learned ones, in float32 and rounded once; NaN where an index is not in the table.
-
-    Args:
-        indices, weights (`torch.Tensor`, int64 and float32 of shape `(patches, taps)`): Which, and how much of each;
-            contiguous.
-        table (`torch.Tensor` of shape `(learned, size)`): The learned positions; contiguous.
-        out (`torch.Tensor` of shape `(patches, size)`): Contiguous.
-    """
-    patches, size = out.shape
-    weighted_positions_kernel[(patches,)](
-        indices,
-        weights,
-        table,
-        out,
-        len(table),
-        indices.shape[1],
-        size,
-        triton.next_power_of_2(size),
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    sizes = (patches, math.isqrt(len(table)), size, triton.next_power_of_2(size))
+    indices, weights = given or (located, table)
+    learned_positions_kernel[(patches,)](located, indices, weights, table, out, *sizes, not given, num_warps=4, **FUSED)
 
 
 def segment_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, located: torch.Tensor, out: torch.Tensor
-) -> None:
+) -> torch.Tensor:
     """
     Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
     values, as in flash attention. No patch of another segment has a say, NaN or infinite as it may be.
@@ -559,26 +571,14 @@ def segment_attention(
     Args:
         query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
             `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
-        located (`torch.Tensor`, int32 of shape `(2 or 6, patches)`): What `locate_patches` returns.
-        out (`torch.Tensor` of `query`'s shape): Contiguous.
+        located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
+        out (`torch.Tensor` of `query`'s shape): Contiguous; what is returned.
     """
     patches, heads, head_dim = query.shape
     # exp2 is what the hardware has.
-    scale = head_dim**-0.5 * math.log2(math.e)
-    segment_attention_kernel[(triton.cdiv(patches, BLOCK_ROWS), heads)](
-        query,
-        key,
-        value,
-        out,
-        located[0],
-        located[1],
-        scale,
-        query.stride(0),
-        patches,
-        head_dim,
-        BLOCK_ROWS,
-        BLOCK_KEYS,
-        num_warps=WARPS,
-        num_stages=STAGES,
-        enable_fp_fusion=True,
-    )
+    scale, (starts, ends) = head_dim**-0.5 * math.log2(math.e), located[:2]
+    sizes = (scale, query.stride(0), patches, head_dim, BLOCK_ROWS, BLOCK_KEYS)
+    options = {"num_warps": WARPS, "num_stages": STAGES, **FUSED}
+    blocks = (triton.cdiv(patches, BLOCK_ROWS), heads)
+    segment_attention_kernel[blocks](query, key, value, out, starts, ends, *sizes, **options)
+    return out

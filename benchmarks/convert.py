@@ -19,10 +19,7 @@ from pathlib import Path
 
 import torch
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
-
-
-REPO = Path(__file__).resolve().parent.parent
-GEOMETRIES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
+from workloads import GEOMETRIES, REPO
 
 
 def make_source(folder: Path, geometry: str, checkpoint_format: str) -> Path:

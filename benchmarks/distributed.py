@@ -32,23 +32,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from agreement import agreement
+from timing import seconds
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from transformers.distributed import DistributedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from workloads import GEOMETRIES, REPO
+
+from conversion.local_code import local_class
 
 
-REPO = Path(__file__).resolve().parent.parent
 sys.path[1:1] = [str(REPO / "tests"), str(REPO / "tests" / "model")]
 
 from distributed_worker import batches_of, join, shard, train, train_in_one_process  # noqa: E402
 from reference import Aimv2PackingConfig, Aimv2PackingModel, random_weights  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from throughput import GEOMETRIES  # noqa: E402
 
 
-PatchBudgetBatchSampler = get_class_from_dynamic_module("batching_aimv2_packing.PatchBudgetBatchSampler", str(REPO))
+PatchBudgetBatchSampler = local_class("batching_aimv2_packing.PatchBudgetBatchSampler")
 
 STRATEGIES = ("ddp", "ddp_empty", "fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config", "tp")
 # Hidden size, intermediate size, heads; as GEOMETRIES.
@@ -82,24 +84,15 @@ def empty_cache() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def seconds(function: Callable, repeats: int, together: bool) -> float:
+def median_seconds(function: Callable, repeats: int, together: bool) -> float:
     """Median time of a call, after one that is not timed; that of the slowest process if they work `together`."""
-    times = []
+    times, device = [], "cuda" if torch.cuda.is_available() else "cpu"
     for _ in range(1 + repeats):
         if together:
             dist.barrier()
-        synchronise()
-        start = time.perf_counter()
-        function()
-        synchronise()
-        times.append(time.perf_counter() - start)
+        times.append(seconds(function, device))
     median = statistics.median(times[1:])
     return max(gather(median)) if together else median
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def gather(value) -> list:
@@ -120,32 +113,20 @@ def on_first(function: Callable):
 
 
 def correctness(dtype: torch.dtype, device: torch.device, args: argparse.Namespace) -> dict:
-    """
-    The largest difference to the step in one process, relative to the largest value of its tensor. `rounding` is that
-    of one process in `dtype` to one in float32.
-    """
-
-    def difference(actual: dict, expected: dict) -> float:
-        if actual.keys() != expected.keys():
-            raise ValueError(f"other tensors: {sorted(actual.keys() ^ expected.keys())}")
-        ratios = [
-            (actual[name].to(value).float() - value.float()).abs().max() / value.float().abs().max()
-            for name, value in expected.items()
-        ]
-        return torch.stack(ratios).max().item()  # torch's: NaN stays
+    """Gradients and trained weights of a step, against those of one process in `dtype` and in float64."""
 
     def in_one_process(strategy: str, folder: str, dtype: torch.dtype) -> tuple[dict, dict]:
         model = Aimv2PackingModel.from_pretrained(folder, dtype=dtype).to(device)
         return train_in_one_process(model, batches_of(strategy))
 
-    def compare(strategy: str, folder: str) -> dict[str, float]:
+    def compare(strategy: str, folder: str) -> dict:
         output = Path(folder, strategy)
         grads, weights = in_one_process(strategy, folder, dtype)
-        exact_grads, _ = in_one_process(strategy, folder, torch.float32)
+        exact_grads, exact_weights = in_one_process(strategy, folder, torch.float64)
+        trained = load_file(output / "checkpoint" / "model.safetensors")
         return {
-            "gradients": difference(load_file(output / "gradients.safetensors"), grads),
-            "checkpoint": difference(load_file(output / "checkpoint" / "model.safetensors"), weights),
-            "rounding": difference(grads, exact_grads),
+            "gradients": agreement(load_file(output / "gradients.safetensors"), grads, exact_grads),
+            "checkpoint": agreement(trained, weights, exact_weights),
             "held_by_one_process": json.loads((output / "state.json").read_text())["held"],
             "parameters": sum(weight.numel() for weight in weights.values()),
         }
@@ -202,7 +183,7 @@ def training(
                 optimizer.step()
                 optimizer.zero_grad()
 
-        elapsed = seconds(steps, args.repeats, together)
+        elapsed = median_seconds(steps, args.repeats, together)
         work = [len(batch["hidden_states"]) for batch in batches[kind]]
         of_each = gather(work) if together else [work]
         return {
@@ -237,8 +218,8 @@ def tensor_parallel(geometry: tuple[int, int, int], device: torch.device, args: 
     batch = dict(zip(batch, gather_tensors(list(batch.values())), strict=True))
 
     def measure(model: nn.Module, together: bool) -> tuple[dict, torch.Tensor]:
-        elapsed = seconds(lambda: model(**batch), 2 + args.repeats, together)
-        return {"seconds": elapsed, "path": model.path}, model(**batch).last_hidden_state.float()
+        elapsed = median_seconds(lambda: model(**batch), 2 + args.repeats, together)
+        return {"seconds": elapsed, "engine": model.last_engine}, model(**batch).last_hidden_state.float()
 
     def in_one_process() -> tuple[dict, torch.Tensor]:
         model = make_model(geometry, args.layers, device, torch.bfloat16)
@@ -289,12 +270,12 @@ def encoding(geometry: tuple[int, int, int], device: torch.device, args: argpars
         return means
 
     work = sum(len(batch["hidden_states"]) for batch in batches)
-    one = on_first(lambda: work / seconds(encode, args.repeats, together=False))
-    many = sum(gather(work)) / seconds(encode, args.repeats, together=True)
+    one = on_first(lambda: work / median_seconds(encode, args.repeats, together=False))
+    many = sum(gather(work)) / median_seconds(encode, args.repeats, together=True)
     if one is None:
         return {}
     size = dist.get_world_size()
-    return {"one": one, "many": many, "efficiency": many / one / size, "path": model.path}
+    return {"one": one, "many": many, "efficiency": many / one / size, "engine": model.last_engine}
 
 
 def parse_arguments() -> argparse.Namespace:

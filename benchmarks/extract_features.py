@@ -30,17 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from workloads import REPO, packing_class
 
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from corpus.options import Options  # noqa: E402
-from corpus.run import run  # noqa: E402
-
-
-def local_class(name: str):
-    return get_class_from_dynamic_module(name, str(REPO))
+from conversion.local_code import local_class
+from corpus.options import Options
+from corpus.run import run
 
 
 def make_corpus(folder: Path, count: int) -> None:
@@ -59,7 +53,7 @@ def make_corpus(folder: Path, count: int) -> None:
 
 
 def make_model(folder: Path, layers: int, width: int) -> None:
-    model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+    model_class = packing_class()
     config = model_class.config_class(
         is_native=True,
         use_head=False,
@@ -77,7 +71,7 @@ class Loop:
 
     def __init__(self, model: Path, dtype: str, device: str, budget: int):
         self.processor = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessor").from_pretrained(model)
-        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        model_class = packing_class()
         self.model = model_class.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
         self.dtype, self.device, self.budget = getattr(torch, dtype), device, budget
         self.patches = 0

@@ -10,7 +10,9 @@ import argparse
 from collections import defaultdict
 
 import torch
-from throughput import GEOMETRIES, Candidates, fill, make_models, mixes, settings
+from candidates import Candidates
+from throughput import settings
+from workloads import GEOMETRIES, fill, make_models, mixes
 
 
 # The first class with a part of the kernel's name has it.
@@ -52,7 +54,8 @@ def main() -> None:
     for event in kernels:
         times[class_of(event.name)] += event.time_range.elapsed_us()
     times["nothing"] = last - first - sum(times.values())
-    print(f"{models[1].path}, {len(candidates.patches)} patches: {(last - first) / 1e3:.2f} ms on the device")
+    engine = models.packed.last_engine or "plain"
+    print(f"{engine}, {len(candidates.patches)} patches: {(last - first) / 1e3:.2f} ms on the device")
     for name, time in sorted(times.items(), key=lambda item: -item[1]):
         print(f"  {name:10} {time / 1e3:8.2f} ms")
     print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=args.rows, max_name_column_width=70))

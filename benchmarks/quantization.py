@@ -12,8 +12,11 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from throughput import GEOMETRIES, Candidates, make_models, mixes, seconds, settings, step
+from candidates import Candidates, step
+from throughput import settings
+from timing import seconds
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from workloads import GEOMETRIES, make_models, mixes
 
 
 def main() -> None:

@@ -12,20 +12,19 @@ in the cache; repetitions interleaved, medians. Errors are ‖x - exact‖ / ‖
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import GEOMETRIES
+from timing import captured
+from workloads import GEOMETRIES
+
+from conversion.local_code import hub_module
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import triton_kernels_aimv2_packing as kernels
-
-
+kernels = hub_module("triton_kernels")
 CALLS, WEIGHTS = 20, 4
 TILES = {"tall tile": kernels.TALL_TILE, "low tile": kernels.LOW_TILE}
 
@@ -33,11 +32,11 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def graph_of(run: Run, x: torch.Tensor, weights: list[torch.Tensor], out: torch.Tensor) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def calls() -> None:
         for call in range(CALLS):
             run(x, weights[call % WEIGHTS], out)
-    return graph
+
+    return captured(calls)
 
 
 def microseconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -16,8 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 
-from configuration_aimv2_packing import Aimv2PackingConfig
-
+from .local_code import Aimv2PackingConfig
 from .safetensors_files import DTYPES, StoredTensor
 
 

@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +16,11 @@ CODE_FILES = sorted(REPO.glob("*_aimv2_packing.py"))
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy_code(folder: Path) -> None:
+    for path in CODE_FILES:
+        shutil.copyfile(path, folder / path.name)
 
 
 def origin() -> str:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from transformers import Aimv2Model, Aimv2VisionModel, AutoProcessor, PreTrainedConfig
-
-from configuration_aimv2_packing import Aimv2PackingConfig
+from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig
 
 from .code_files import REPO
+from .local_code import Aimv2PackingConfig, local_class
 
 
 PHOTOGRAPHS = REPO / "examples" / "photographs"
@@ -47,7 +46,7 @@ def read_images(
         "patch_layout": config.patch_layout,
         "image_size": None if config.is_native else config.image_size,
     }
-    processor = AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+    processor = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessor").from_pretrained(REPO)
     return [name for name, _ in pictures], [processor(picture, return_tensors="pt", **sizes) for _, picture in pictures]
 
 

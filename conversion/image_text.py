@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2TextConfig, Aimv2TextModel
 
-from configuration_aimv2_packing import Aimv2PackingImageTextConfig
-
 from .checkpoint_formats import (
     APPLE_TRUNK,
     HEAD_SIZE,
@@ -21,6 +19,7 @@ from .checkpoint_formats import (
     read_trunk,
     stored_tensor,
 )
+from .local_code import Aimv2PackingImageTextConfig
 from .safetensors_files import DTYPES, StoredTensor
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from .atomic_folder import atomic_folder, is_empty_folder
 from .checkpoint_formats import Encoder
-from .code_files import CODE_FILES, REPO, code_differences
+from .code_files import REPO, code_differences, copy_code
 from .hub_files import CONVERTED_TYPES
 from .image_text import ImageText
 from .model_card import write_card
@@ -28,8 +28,10 @@ from .verification import Report
 
 IMAGE_TEXT_CLASSES = {
     "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
-    "AutoModel": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
-    "AutoModelForZeroShotImageClassification": "image_text_aimv2_packing.Aimv2PackingImageTextModel",
+    **dict.fromkeys(
+        ("AutoModel", "AutoModelForZeroShotImageClassification"),
+        "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
+    ),
 }
 PROCESSOR = {
     "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},
@@ -85,8 +87,8 @@ def convert(
         write_configs(folder, model, dtype)
         if isinstance(model, ImageText) and (lacking := copy_tokenizer(source.folder, folder)):
             print(NO_TOKENIZER.format(source=source.name, lacking=" and ".join(lacking)), file=sys.stderr)
-        for path in (*CODE_FILES, REPO / "LICENSE"):
-            shutil.copyfile(path, folder / path.name)
+        copy_code(folder)
+        shutil.copyfile(REPO / "LICENSE", folder / "LICENSE")
         for path in source.folder.glob("WEIGHTS_LICENSE*" if is_converted(source.folder) else "LICENSE*"):
             if not path.is_dir():
                 name = f"WEIGHTS_{path.name.removeprefix('WEIGHTS_')}"
@@ -134,10 +136,10 @@ def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype |
     config, vision = model.config, model.config
     if isinstance(model, ImageText):
         vision = config.vision_config
-        config.architectures, config.auto_map = ["Aimv2PackingImageTextModel"], IMAGE_TEXT_CLASSES
+        config.architectures, config.auto_map = ["Aimv2PackingAcceleratedImageTextModel"], IMAGE_TEXT_CLASSES
         (folder / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
     else:
-        config.architectures = ["Aimv2PackingModel"]
+        config.architectures = ["Aimv2PackingAcceleratedModel"]
         config.auto_map = read_json(REPO / "config.json")["auto_map"]
     config.dtype = dtype or main_dtype(model.tensors)
     config.save_pretrained(folder)

@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
-from configuration_aimv2_packing import Aimv2PackingConfig, Aimv2PackingImageTextConfig
-
 from .checkpoint_formats import Encoder
-from .code_files import REPO, code_differences
+from .code_files import code_differences
 from .features import (
     original_features,
     original_joint,
@@ -31,6 +28,7 @@ from .features import (
     read_images,
 )
 from .image_text import ImageText
+from .local_code import Aimv2PackingConfig, Aimv2PackingImageTextConfig, local_class
 from .safetensors_files import read_json
 
 
@@ -65,8 +63,8 @@ TEXT_GEOMETRY = (
     "qkv_bias",
     "mlp_bias",
 )
-VISION_CLASS = "modeling_aimv2_packing.Aimv2PackingModel"
-IMAGE_TEXT_CLASS = "image_text_aimv2_packing.Aimv2PackingImageTextModel"
+VISION_CLASS = "accelerated_aimv2_packing.Aimv2PackingAcceleratedModel"
+IMAGE_TEXT_CLASS = "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel"
 
 
 @dataclass
@@ -231,7 +229,7 @@ def verify(
     expected_joint = original_joint(original, inputs, texts, vision_config) if image_text else {}
     del original, original_vision
     with quiet_loading():
-        packed_class = get_class_from_dynamic_module(IMAGE_TEXT_CLASS if image_text else VISION_CLASS, str(REPO))
+        packed_class = local_class(IMAGE_TEXT_CLASS if image_text else VISION_CLASS)
         packed = packed_class.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
     features = packed_features(packed.vision_model if image_text else packed, inputs)
     joint = packed_joint(packed, inputs, texts) if image_text else {}

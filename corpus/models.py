@@ -7,27 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils.hub import HF_MODULES_CACHE
 from transformers.utils.logging import disable_progress_bar
 
 from conversion.hub_files import download_files, require_converted
+from conversion.local_code import local_class
 from corpus.settings import Settings
-
-
-def code_folder() -> str:
-    """Where the files called `*_aimv2_packing.py` are. Ray puts them and the packages into different folders."""
-    beside = Path(__file__).resolve().parent.parent
-    return str(beside if (beside / "modeling_aimv2_packing.py").exists() else Path.cwd())
-
-
-def local_class(name: str) -> Any:
-    """A class or function of this repo's code: never of the model repo's, which only gives weights and settings."""
-    os.makedirs(HF_MODULES_CACHE, exist_ok=True)
-    # Workers start together, and transformers copies the files without a lock.
-    with FileLock(os.path.join(HF_MODULES_CACHE, ".aimv2_packing.lock")):
-        return get_class_from_dynamic_module(name, code_folder())
 
 
 def model_folder(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -55,9 +39,9 @@ def load_model(folder: str, settings: Settings):
     disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
     if settings.pooling == "projection":
-        model_class = local_class("image_text_aimv2_packing.Aimv2PackingImageTextModel")
+        model_class = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
     else:
-        model_class = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+        model_class = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
     model, info = model_class.from_pretrained(folder, **options)
     if info["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {sorted(info['missing_keys'])[0]}: convert the model again.")

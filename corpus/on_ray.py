@@ -21,10 +21,10 @@ import ray
 import ray.data
 import torch
 
+from conversion.local_code import CODE_FOLDER, local_class
 from corpus.ids import IdSet
 from corpus.interrupts import Interrupts
 from corpus.job import Image, Job, Part
-from corpus.models import code_folder, local_class
 from corpus.options import Options
 from corpus.output import Written
 from corpus.rows import PATCH_SCHEMA, table_of
@@ -127,7 +127,7 @@ def started(address: str | None) -> Iterator[None]:
     # What is below warns of how Ray Data makes its own actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with tempfile.TemporaryDirectory() as flat:
-        for file in Path(code_folder()).glob("*_aimv2_packing.py"):
+        for file in Path(CODE_FOLDER).glob("*_aimv2_packing.py"):
             shutil.copy(file, flat)
         packages = Path(__file__).resolve().parent.parent
         runtime_env = {"working_dir": flat, "py_modules": [str(packages / name) for name in ("corpus", "conversion")]}

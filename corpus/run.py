@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from conversion.local_code import CODE_FOLDER, local_class
 from corpus import in_process
 from corpus.ids import IdSet
 from corpus.inputs import Corpus, corpus_of
 from corpus.interrupts import Interrupts
 from corpus.job import Job
-from corpus.models import code_folder, device_of, load_processor, local_class, model_folder
+from corpus.models import device_of, load_processor, model_folder
 from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
@@ -150,7 +151,7 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
         "model": options.model,
         "commit": job.revision,
         "input": list(job.inputs),
-        "code": code_hash(code_folder()),
+        "code": code_hash(CODE_FOLDER),
     }
     if output.files():
         if record is None:

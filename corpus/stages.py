@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import torch
 
+from conversion.local_code import local_class
 from corpus.job import Image, Job
-from corpus.models import load_model, load_processor, local_class, model_folder
+from corpus.models import load_model, load_processor, model_folder
 from corpus.rows import output_schema, stable_text
 from corpus.settings import config_of, processor_of, weights_of
 

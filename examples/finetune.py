@@ -50,7 +50,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 
-Aimv2PackingModel = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", REPO)
+Aimv2PackingModel = get_class_from_dynamic_module("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel", REPO)
 Aimv2PackingConfig = Aimv2PackingModel.config_class
 PatchBudgetBatchSampler = get_class_from_dynamic_module("batching_aimv2_packing.PatchBudgetBatchSampler", REPO)
 

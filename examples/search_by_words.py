@@ -50,7 +50,9 @@ def load(checkpoint: str | None):
         tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
         part = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
         text = {**part, "vocab_size": len(tokens), "eos_token_id": tokenizer.eos_token_id}
-        model_class = get_class_from_dynamic_module("image_text_aimv2_packing.Aimv2PackingImageTextModel", REPO)
+        model_class = get_class_from_dynamic_module(
+            "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel", REPO
+        )
         model = model_class(model_class.config_class(vision_config=part, text_config=text, projection_dim=64))
         images_class = get_class_from_dynamic_module("image_processing_aimv2_packing.Aimv2PackingImageProcessor", REPO)
         processor_class = get_class_from_dynamic_module("processing_aimv2_packing.Aimv2PackingProcessor", REPO)

@@ -10,14 +10,12 @@ import torch
 from reference import REPO, TINY, packing_model, random_weights
 from tokenizers import pre_tokenizers
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, CLIPTokenizer, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from conversion.local_code import local_class
 from conversion.sentence_transformers_files import write_sentence_transformers_files
 
 
-Aimv2PackingImageTextModel = get_class_from_dynamic_module(
-    "image_text_aimv2_packing.Aimv2PackingImageTextModel", str(REPO)
-)
+Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
 Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 
 TEXTS = ["a cat", "a rocket on its launch pad", "two cups of coffee", "the portrait of an astronaut"]
@@ -65,7 +63,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 def save_image_text_repo(folder: Path, reference: Aimv2Model, tokenizer: bool = True) -> Path:
     """What a conversion writes: weights, configurations, tokenizer and code."""
     model = image_text_model(reference)
-    name = "image_text_aimv2_packing.Aimv2PackingImageTextModel"
+    name = "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel"
     auto_map = {
         "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
         "AutoModel": name,

@@ -2,26 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from conversion.local_code import hub_module, local_class
 
 
 REPO = Path(__file__).resolve().parent.parent
 
-Aimv2PackingModel = get_class_from_dynamic_module("modeling_aimv2_packing.Aimv2PackingModel", str(REPO))
+Aimv2PackingModel = local_class("modeling_aimv2_packing.Aimv2PackingModel")
+Aimv2PackingAcceleratedModel = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
 Aimv2PackingConfig = Aimv2PackingModel.config_class
-
-
-def hub_module(name: str) -> ModuleType:
-    """One of the flat files that the Hub carries, as the model's own code has imported it."""
-    return sys.modules[f"{Aimv2PackingModel.__module__.rpartition('.')[0]}.{name}_aimv2_packing"]
 
 
 packed_layout, with_positions = hub_module("layout").packed_layout, hub_module("layout").with_positions
@@ -85,12 +80,13 @@ def reference_model(dtype: torch.dtype = torch.float32, attn: str = "sdpa", **co
     return random_weights(model).to(dtype)
 
 
-def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", **config):
-    """The packed model with the weights, the geometry and the dtype of `reference`."""
+def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", plain: bool = False, **config):
+    """The packed model with the weights, the geometry and the dtype of `reference`; accelerated unless `plain`."""
     fields = {**reference.config.to_dict(), **config}
     for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
         fields.pop(name, None)
-    model = Aimv2PackingModel(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
+    model_class = Aimv2PackingModel if plain else Aimv2PackingAcceleratedModel
+    model = model_class(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 

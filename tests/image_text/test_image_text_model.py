@@ -17,8 +17,16 @@ from image_text_checkpoints import (
     reference_image_text_model,
     save_image_text_repo,
 )
-from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel, pack, packing_model, random_images, reference_model
+from reference import (
+    REPO,
+    Aimv2PackingAcceleratedModel,
+    pack,
+    packing_model,
+    random_images,
+    reference_model,
+)
 from transformers import Aimv2Model, Aimv2VisionConfig, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 IMAGE_INPUTS, TEXT_INPUTS = ("hidden_states", "grid_thw"), ("input_ids", "attention_mask")
@@ -231,7 +239,7 @@ def test_saved_model_and_processor_load_again(repo, tmp_path):
 
 @torch.no_grad()
 def test_vision_tower_loads_alone(repo):
-    tower = Aimv2PackingModel.from_pretrained(repo).eval()
+    tower = Aimv2PackingAcceleratedModel.from_pretrained(repo).eval()
     expected = AutoModel.from_pretrained(repo, trust_remote_code=True).eval().vision_model
     inputs = pack(random_images(ODD_GRIDS))
     assert torch.equal(tower(**inputs).pooler_output, expected(**inputs).pooler_output)
@@ -245,7 +253,9 @@ def test_checkpoint_without_its_texts_is_refused(repo, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     for path in REPO.glob("*_aimv2_packing.py"):
         shutil.copyfile(path, tmp_path / path.name)
-    with pytest.raises(ValueError, match=r"is no checkpoint of Aimv2PackingImageTextModel .*: it lacks .* weights"):
+    with pytest.raises(
+        ValueError, match=r"is no checkpoint of Aimv2PackingAcceleratedImageTextModel .*: it lacks .* weights"
+    ):
         AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
 
 
@@ -297,7 +307,8 @@ def test_configuration():
 
 def test_configuration_takes_that_of_a_vision_tower_of_another_repo():
     # Each repo's code is a module of its own, so the class has the same name and is another.
-    vision = Aimv2PackingConfig(hidden_size=64, num_attention_heads=2, patch_layout="channels_last")
+    other_class = get_class_from_dynamic_module("configuration_aimv2_packing.Aimv2PackingConfig", str(REPO))
+    vision = other_class(hidden_size=64, num_attention_heads=2, patch_layout="channels_last")
     own_class = Aimv2PackingImageTextConfig.sub_configs["vision_config"]
     assert type(vision) is not own_class
     config = Aimv2PackingImageTextConfig(vision_config=vision).vision_config

@@ -49,10 +49,11 @@ def empty_batch() -> dict[str, torch.Tensor]:
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**{**batch, "hidden_states": batch["hidden_states"].to(next(model.parameters()).device)})
-    features = output.last_hidden_state.float()
-    probe = torch.arange(features.shape[1]).cos().to(features.device)
-    loss = torch.tanh(features @ probe).sum()
-    return loss if output.pooler_output is None else loss + torch.tanh(output.pooler_output.float() @ probe).sum()
+    features = output.last_hidden_state
+    precision = torch.promote_types(features.dtype, torch.float32)
+    probe = torch.arange(features.shape[1]).cos().to(features.device, precision)
+    outputs = (features, output.pooler_output) if output.pooler_output is not None else (features,)
+    return torch.stack([torch.tanh(each.to(precision) @ probe).sum() for each in outputs]).sum()
 
 
 def add_lora(model: torch.nn.Module) -> torch.nn.Module:

@@ -103,14 +103,8 @@ def test_more_segments_than_a_cuda_grid_holds_go_in_several_calls(flash_kernel, 
     packed.config._attn_implementation = "flash_attention_2"
     modeling = hub_module("modeling")
     monkeypatch.setattr(modeling, "MAX_SEGMENTS_PER_CALL", 4)
-    direct = modeling.segment_attention
-
-    def as_on_a_gpu(module, query, key, value, layout, one_query=False):
-        if len(layout.cu_seqlens) - 1 > modeling.MAX_SEGMENTS_PER_CALL:
-            return modeling.attention_in_several_calls(module, query, key, value, layout, one_query)
-        return direct(module, query, key, value, layout, one_query)
-
-    monkeypatch.setattr(modeling, "segment_attention", as_on_a_gpu)
+    monkeypatch.setattr(hub_module("layout"), "MAX_SEGMENTS_PER_CALL", 4)
+    monkeypatch.setattr(modeling, "in_several_calls", lambda query, layout: len(layout.cu_seqlens) - 1 > 4)
     with torch.inference_mode():
         ours = packed(**inputs)
     assert len(flash_kernel) == 3 * (reference.config.num_hidden_layers + 1)

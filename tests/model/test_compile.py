@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -41,16 +43,16 @@ def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
     """One graph serves every mix; PyTorch's kernel, which needs a GPU, is replaced by one of the same signature."""
     packed = packing_model(reference_model())
 
-    def varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         return query + key * cu_seqlens_q[-1] + value * max_seqlen_k
 
-    monkeypatch.setattr(hub_module("modeling"), "has_varlen_kernel", lambda query: True)
-    monkeypatch.setattr(hub_module("modeling"), "varlen_attn", varlen_attn)
+    monkeypatch.setattr(hub_module("modeling"), "has_varlen_kernel", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(hub_module("modeling"), "varlen_attention", varlen_attention)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     encoder = torch.compile(packed.encoder, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for inputs in random_mixes(20):
-            layout = packed_layout(inputs["grid_thw"], packed.config)._replace(runs=None)
+            layout = dataclasses.replace(packed_layout(inputs["grid_thw"], packed.config), runs=None)
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state
             expected = packed.encoder(embedded, layout).last_hidden_state
@@ -63,9 +65,8 @@ MODELS = {"native": {"use_head": True}, "learned": {"use_head": True, "is_native
 
 def computed_ahead(packed, grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of a layout, as transformers' exporters would give them."""
-    layout = with_positions(packed_layout(grid_thw, packed.config), packed.config)._asdict()
-    names = ("cu_seqlens", "position_ids", "interp_indices", "interp_weights")
-    return {name: layout[name] for name in names if layout[name] is not None}
+    tensors = with_positions(packed_layout(grid_thw, packed.config), packed.config).tensors()
+    return {name: value for name, value in tensors.items() if name != "frame_sizes"}
 
 
 class Explicit(torch.nn.Module):
@@ -135,7 +136,7 @@ def test_the_model_exports_for_one_mixed_layout(name):
             self.packed = packed
 
         def forward(self, hidden_states):
-            return self.packed(hidden_states, **layout._asdict()).last_hidden_state
+            return self.packed(hidden_states, layout=layout).last_hidden_state
 
     exported = torch.export.export(OfOneLayout(), (inputs["hidden_states"],)).module()
     other = pack(random_images(ODD_GRIDS))

@@ -27,7 +27,7 @@ def test_config_at_the_top_level_is_the_native_large_model():
     for name in set(large) - {"model_type", "architectures", "_name_or_path", "transformers_version"}:
         assert getattr(config, name) == large[name], name
     fields = json.loads((REPO / "config.json").read_text())
-    assert fields["auto_map"]["AutoModel"] == "modeling_aimv2_packing.Aimv2PackingModel"
+    assert fields["auto_map"]["AutoModel"] == "accelerated_aimv2_packing.Aimv2PackingAcceleratedModel"
 
 
 def test_a_vision_model_config_is_a_valid_one(tmp_path):

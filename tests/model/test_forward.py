@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `forward` takes, refuses and returns."""
 
+import dataclasses
+
 import pytest
 import torch
 from reference import (
@@ -60,6 +62,11 @@ def test_too_many_patches_to_count_are_refused():
         packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
 
 
+def layout_of_four(**changes):
+    """Of one image of four patches, with changes."""
+    return dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), Aimv2PackingConfig()), **changes)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -69,16 +76,17 @@ def test_too_many_patches_to_count_are_refused():
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "runs": ((2, 3),)}, "describes 6 patches, but `hidden_states` holds 4"),
         ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 3),)}, "`grids` describes 6 patches"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((2, 2),)}, "`grids` must hold (t, h, w) of each image, got"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((2.0, 2, 1),)}, "`grids` must hold (t, h, w) of each image"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, -2, -2),)}, "`grids` must hold sizes of at least 1, got"),
+        ({"layout": packed_layout(torch.tensor([[1, 2, 3]]), Aimv2PackingConfig())}, "`layout` describes 6 patches"),
+        ({"layout": {"cu_seqlens": torch.tensor([0, 4])}}, "`layout` must be a "),
         (
-            {"cu_seqlens": torch.tensor([0, 4]), "grids": ((1, 2, 2),), "frame_sizes": torch.tensor([[2, 2]])},
-            "`frame_sizes` must be a tensor of integers of shape (2, 1), one column per segment, got torch.int64",
+            {"layout": layout_of_four(), "cu_seqlens": torch.tensor([0, 4])},
+            "`layout` says all that 'cu_seqlens' would",
         ),
+        ({"layout": layout_of_four(cu_seqlens=torch.tensor([0, 2, 4]))}, "`layout.cu_seqlens` must be of shape (2,)"),
+        ({"layout": layout_of_four(max_seqlen=3)}, "`max_seqlen` must be at least the longest segment, 4 patches"),
+        ({"layout": layout_of_four(position_ids=torch.zeros(5, 2))}, "`position_ids` must be a tensor of shape (4, 2)"),
+        ({"layout": layout_of_four(runs=None, cu_seqlens=torch.tensor([0, 3]))}, "`cu_seqlens` describes 3 patches"),
         ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
     ],
 )
@@ -137,7 +145,7 @@ def test_a_layout_computed_ahead_gives_the_same(is_native):
     with torch.inference_mode():
         expected = model(**inputs)
         layout = packed_layout(grid_thw, model.config)
-        for given in (layout._asdict(), with_positions(layout, model.config)._asdict(), theirs):
+        for given in ({"layout": layout}, {"layout": with_positions(layout, model.config)}, theirs):
             ours = model(inputs["hidden_states"], **given)
             assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
             assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
@@ -150,15 +158,15 @@ def test_segments_of_ones_own_leave_positions_to_the_frames(is_native, lengths):
     inputs = pack(random_images([(4, 4), (2, 2)]))
     layout = packed_layout(inputs["grid_thw"], model.config)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    given = layout._asdict() | {"cu_seqlens": cu_seqlens, "runs": None, "max_seqlen": None}
+    own = dataclasses.replace(layout, cu_seqlens=cu_seqlens.int(), runs=None, frame_sizes=None)
     with torch.inference_mode():
         expected = model(**inputs, cu_seqlens=cu_seqlens).last_hidden_state
-        assert torch.equal(model(inputs["hidden_states"], **given).last_hidden_state, expected)
+        assert torch.equal(model(inputs["hidden_states"], layout=own).last_hidden_state, expected)
     resolve_layout = hub_module("layout").resolve_layout
-    given = {name: value for name, value in given.items() if value is not None}
-    assert resolve_layout(None, given, model.config, inputs["hidden_states"]).frame_sizes is None
-    own = resolve_layout(None, layout._asdict(), model.config, inputs["hidden_states"])
-    assert torch.equal(own.frame_sizes, layout.frame_sizes)
+    given = {"cu_seqlens": cu_seqlens}
+    resolved = resolve_layout(inputs["hidden_states"], inputs["grid_thw"], None, given, model.config)
+    assert resolved.frame_sizes is None
+    assert resolved.lengths == tuple(lengths)
 
 
 @pytest.mark.parametrize("name", ["interp_indices", "interp_weights"])
@@ -169,15 +177,17 @@ def test_half_of_the_interpolation_may_be_given(name):
     full = with_positions(layout, model.config)
     changed = getattr(full, name).flip(1)
     with torch.inference_mode():
-        expected = model(inputs["hidden_states"], **full._replace(**{name: changed})._asdict()).last_hidden_state
-        for given in ({"grid_thw": inputs["grid_thw"]}, layout._asdict()):
-            ours = model(inputs["hidden_states"], **{**given, name: changed}).last_hidden_state
-            assert torch.equal(ours, expected)
+        whole = dataclasses.replace(full, **{name: changed})
+        expected = model(inputs["hidden_states"], layout=whole).last_hidden_state
+        ours = model(**inputs, **{name: changed}).last_hidden_state
+        assert torch.equal(ours, expected)
+        half = dataclasses.replace(layout, **{name: changed})
+        assert torch.equal(model(inputs["hidden_states"], layout=half).last_hidden_state, expected)
 
 
 def test_positions_of_no_frames_are_refused():
     config = Aimv2PackingConfig()
-    layout = packed_layout(torch.tensor([[1, 2, 2]]), config)._replace(grids=None)
+    layout = dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), config), grids=None)
     with pytest.raises(ValueError, match="`grids` must be in a layout"):
         with_positions(layout, config)
 

@@ -141,7 +141,7 @@ def test_valid_arguments_give_the_outputs_of_the_original(
     packed = model(is_native, dtype, attn, merge_temporal)
     with grad_mode():
         if ahead:
-            outputs = packed(hidden_states, **packed_layout(grid_thw, packed.config)._asdict())
+            outputs = packed(hidden_states, layout=packed_layout(grid_thw, packed.config))
         else:
             outputs = packed(hidden_states, grid_thw)
 
@@ -250,12 +250,12 @@ def test_another_number_of_patches_is_refused(clips, difference):
     hidden_states, grid_thw = batch(clips)
     count = max(0, len(hidden_states) + difference)
     if count != len(hidden_states):
-        given = packed_layout(grid_thw, model().config)._asdict()
+        layout = packed_layout(grid_thw, model().config)
         message = refusal(model(), torch.zeros(count, PATCH_DIM), grid_thw)
         assert "`grid_thw` describes" in message
         assert f"`hidden_states` holds {count}" in message
-        message = refusal(model(), torch.zeros(count, PATCH_DIM), **given)
-        assert message == f"`cu_seqlens` describes {len(hidden_states)} patches, but `hidden_states` holds {count}."
+        message = refusal(model(), torch.zeros(count, PATCH_DIM), layout=layout)
+        assert message == f"`layout` describes {len(hidden_states)} patches, but `hidden_states` holds {count}."
 
 
 def test_more_images_than_patches_are_refused_at_once():
@@ -290,7 +290,7 @@ def test_shapes_can_be_had_without_values(is_native):
 def test_a_layout_of_other_images_is_refused(clips, other):
     """Where its patches are as many: then nothing tells them apart, and the layout that was given counts."""
     hidden_states, grid_thw = batch(clips)
-    given = packed_layout(torch.tensor(other), model().config)._asdict()
+    given = {"layout": packed_layout(torch.tensor(other), model().config)}
     described = sum(prod(clip) for clip in other)
     if described != len(hidden_states):
         assert f"describes {described} patches" in refusal(model(), hidden_states, grid_thw, **given)

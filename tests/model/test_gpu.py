@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a CUDA device: every attention path against float32, no device synchronisation, and compilation."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from reference import (
     ODD_GRIDS,
-    hub_module,
     pack,
     packed_layout,
     packing_model,
@@ -106,7 +106,7 @@ def test_no_device_synchronisation_with_a_grid_on_the_cpu(is_native):
         torch.cuda.set_sync_debug_mode("error")
         try:
             packed(**inputs)
-            packed(inputs["hidden_states"], **packed_layout(inputs["grid_thw"], packed.config)._asdict())
+            packed(inputs["hidden_states"], layout=packed_layout(inputs["grid_thw"], packed.config))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -163,8 +163,8 @@ def test_the_encoder_compiles_whole_and_once_for_all_mixes():
     with torch.inference_mode():
         for mix in random_mixes(20):
             inputs = on_gpu(mix)
-            layout = hub_module("layout").resolve_layout(inputs["grid_thw"], {}, packed.config, inputs["hidden_states"])
-            layout = layout._replace(runs=None)
+            layout = packed_layout(inputs["grid_thw"], packed.config).to(inputs["hidden_states"].device)
+            layout = dataclasses.replace(layout, runs=None)
             embedded = packed.embeddings(inputs["hidden_states"], layout)
             ours = encoder(embedded, layout).last_hidden_state
             expected = packed.encoder(embedded, layout).last_hidden_state

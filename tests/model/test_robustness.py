@@ -140,7 +140,7 @@ def test_shared_models_and_layouts_cross_to_a_spawned_worker_and_back():
     for (model, inputs), (layout, from_worker) in zip(dataset.calls, loader, strict=True):
         assert all(parameter.is_shared() for parameter in model.parameters())
         expected = outputs_of(model, inputs)
-        assert same_bits(outputs_of(model, inputs, **layout._asdict()), expected)
+        assert same_bits(outputs_of(model, inputs, layout=layout), expected)
         # A worker has one thread, and may sum in another order.
         assert all((ours - theirs).abs().max() < 1e-5 for ours, theirs in zip(from_worker, expected, strict=True))
 

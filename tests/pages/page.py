@@ -11,8 +11,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 
-LINKS = ("link_open", "image")
-FOLDERS = (".ci", "benchmarks", "conversion", "corpus", "docs", "examples", "tests")
+FOLDERS = (".ci", ".github", "benchmarks", "conversion", "corpus", "docs", "examples", "tests")
 LINKS = ("link_open", "image")
 COMMANDS = ("python", "make", "pip", "torchrun", "accelerate launch")
 

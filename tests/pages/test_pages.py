@@ -21,12 +21,11 @@ from hub_server import Hub
 from image_text_checkpoints import clip_tokenizer, reference_image_text_model, save_image_text_repo
 from page import Page, Step
 from PIL import Image
-from reference import REPO, reference_model
+from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-PAGES = ["README.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
 # What stands for what in code and commands, in this order.
@@ -73,12 +72,13 @@ NOT_RUN = {
     ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
-    ("docs/contributing.md", "make test"): MAKE,
-    ("docs/contributing.md", "make style"): MAKE,
-    ("docs/contributing.md", "make test-matrix"): PACKAGES,
-    ("docs/contributing.md", "make test-common"): MAKE,
-    ("docs/contributing.md", "make test-torchvision"): PACKAGES,
-    ("docs/contributing.md", "make bench"): MINUTES,
+    ("CONTRIBUTING.md", "make test"): MAKE,
+    ("CONTRIBUTING.md", "make style"): MAKE,
+    ("CONTRIBUTING.md", "make quality"): MAKE,
+    ("CONTRIBUTING.md", "make test-matrix"): PACKAGES,
+    ("CONTRIBUTING.md", "make test-common"): MAKE,
+    ("CONTRIBUTING.md", "make test-torchvision"): PACKAGES,
+    ("CONTRIBUTING.md", "make bench"): MINUTES,
     ("docs/corpus.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     ("docs/corpus.md", "pip install faiss-cpu"): PACKAGES,
     ("docs/corpus.md", "python benchmarks/extract_features.py --images 96"): MINUTES,
@@ -349,8 +349,5 @@ def test_rows_of_a_table_have_equally_many_cells(name):
 def test_the_page_on_images_names_every_format():
     text = (REPO / "docs" / "images.md").read_text()
     listed = text[text.index("only these formats are opened") :].split(".")[0].upper().replace("JPEG 2000", "JPEG2000")
-    processor_class = get_class_from_dynamic_module(
-        "image_processing_aimv2_packing.Aimv2PackingImageProcessor", str(REPO)
-    )
-    formats = sys.modules[processor_class.__module__].IMAGE_FORMATS
+    formats = hub_module("image_processing").IMAGE_FORMATS
     assert [name for name in formats if name not in listed] == []

@@ -8,19 +8,18 @@ from unittest import mock
 
 import pytest
 import torch
-from reference import REPO, Aimv2PackingConfig, Aimv2PackingModel
+from reference import Aimv2PackingAcceleratedModel, Aimv2PackingConfig
 from sdist import common_tests
 from transformers import Aimv2TextConfig, Aimv2TextModel, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.testing_utils import torch_device
+
+from conversion.local_code import local_class
 
 
 ModelTesterMixin = common_tests("test_modeling_common").ModelTesterMixin
 ConfigTester = common_tests("test_configuration_common").ConfigTester
 
-Aimv2PackingImageTextModel = get_class_from_dynamic_module(
-    "image_text_aimv2_packing.Aimv2PackingImageTextModel", str(REPO)
-)
+Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
 Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 
 # Each is expected to fail, and fails this run when it passes or is not there.
@@ -186,7 +185,7 @@ def test_every_test_named_here_exists():
 
 @expect_failures(PREMISES_OF_VISION)
 class VisionTest(PackedTests, unittest.TestCase):
-    all_model_classes = (Aimv2PackingModel,)
+    all_model_classes = (Aimv2PackingAcceleratedModel,)
     additional_model_inputs = ["grid_thw"]
     skip_test_image_features_output_shape = True  # One row per image; here it is one per patch.
 

@@ -17,7 +17,7 @@ from reference import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-engine = hub_module("cpu_inference")
+engine = hub_module("cpu_engine")
 
 # More than one block, in order and ordered by length, and a segment larger than a block.
 MIXES = {
@@ -52,7 +52,7 @@ def observed_encode(packed, inputs) -> Operators:
     """The engine's own work under a dispatch mode, which would keep a whole forward out of it."""
     layout = hub_module("layout").packed_layout(inputs["grid_thw"], packed.config)
     with torch.inference_mode(), Operators() as operators:
-        operators.features = engine.encode(packed, inputs["hidden_states"], layout)
+        _, operators.features = engine.encode(packed, inputs["hidden_states"], layout, None, (), last=True)
     return operators
 
 
@@ -63,10 +63,10 @@ def fused_layers(packed) -> int:
 def by_engine_and_plain(packed, inputs, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode():
         ours = packed(**inputs, **kwargs).last_hidden_state
-        assert packed.path == "cpu"
+        assert packed.last_engine == "cpu"
         packed.use_engines = False
         plain = packed(**inputs, **kwargs).last_hidden_state
-        assert packed.path == "plain: `use_engines` is false"
+        assert packed.engine_refusal == "`use_engines` is false"
     del packed.use_engines
     return ours, plain
 
@@ -86,7 +86,7 @@ def test_patches_of_any_floating_point_dtype_go_through_blocks(mix, dtype):
     patches = inputs["hidden_states"].abs().to(dtype)
     with torch.inference_mode():
         ours = packed(patches, inputs["grid_thw"]).last_hidden_state
-        assert packed.path == "cpu"
+        assert packed.last_engine == "cpu"
         expected = packed(patches.float(), inputs["grid_thw"]).last_hidden_state
     assert torch.equal(ours, expected)
 
@@ -100,7 +100,7 @@ def test_half_precision_is_as_close_to_float64_as_the_original(dtype):
         exact = torch.cat([apple_forward(reference, image) for image in images])
         ours = packed(**pack(images)).last_hidden_state
         theirs = torch.cat([reference(image[None].to(dtype)).last_hidden_state[0] for image in images])
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     error, allowed = ((features.double() - exact).norm().item() for features in (ours, theirs))
     assert error <= 1.05 * allowed
 
@@ -144,7 +144,7 @@ def test_without_the_fused_operator_the_features_are_the_same(monkeypatch):
         engine.onednn_kernel.cache_clear()
         ours = packed(**inputs).last_hidden_state
     engine.onednn_kernel.cache_clear()
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     assert (ours - expected).abs().max() < 1e-5
 
 

@@ -1,11 +1,9 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The door: an engine runs only where nobody can tell the difference, and then it does run."""
+"""An engine runs only where nobody can tell the difference, and then it does run."""
 
 import ast
 import logging
-import re
-import shutil
 from contextlib import suppress
 
 import pytest
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from reference import (
     ODD_GRIDS,
     REPO,
-    Aimv2PackingModel,
+    Aimv2PackingAcceleratedModel,
     hub_module,
     pack,
     packing_model,
@@ -24,7 +22,6 @@ from reference import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
 
 
 @pytest.fixture
@@ -43,9 +40,11 @@ def without_gradients():
         yield
 
 
-def path_of(packed, inputs) -> str:
+def outcome(packed, inputs) -> str:
+    """The engine that ran, or why none did."""
     packed(**inputs)
-    return packed.path
+    assert (packed.last_engine is None) != (packed.engine_refusal is None)
+    return packed.last_engine or packed.engine_refusal
 
 
 MODULES = [
@@ -67,16 +66,16 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_a_forward_hook_sees_all_patches_once_and_takes_effect(packed, inputs, name):
     expected = packed(**inputs).last_hidden_state
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     seen = []
     hook = packed.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     ours = packed(**inputs).last_hidden_state
     assert seen == [len(inputs["hidden_states"])]
-    assert packed.path == f"plain: a {type(packed.get_submodule(name)).__name__} has a forward hook"
+    assert packed.engine_refusal == f"a {type(packed.get_submodule(name)).__name__} has a forward hook"
     assert (ours - expected).abs().max() < 1e-5
 
     hook.remove()
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"
     if name not in ("encoder", "embeddings"):
         packed.get_submodule(name).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
         assert not torch.equal(packed(**inputs).last_hidden_state, expected)
@@ -91,7 +90,7 @@ def test_a_pre_hook_takes_effect(packed, inputs):
 def test_hooks_on_the_model_itself_fire_around_the_engine(packed, inputs):
     seen = []
     packed.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape))
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"
     assert seen == [(len(inputs["hidden_states"]), 64)]
 
 
@@ -103,7 +102,7 @@ def test_a_replaced_forward_is_called(packed, inputs):
     with torch.enable_grad():
         expected = packed(**inputs, output_hidden_states=True).hidden_states[1]
     assert torch.equal(ours, expected)
-    assert "the forward of a Linear has been replaced" in path_of(packed, inputs)
+    assert "the forward of a Linear has been replaced" in outcome(packed, inputs)
 
 
 def test_a_patched_class_is_called(packed, inputs, monkeypatch):
@@ -111,10 +110,10 @@ def test_a_patched_class_is_called(packed, inputs, monkeypatch):
     calls = []
     original = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(1) or original(self, x))
-    assert path_of(packed, inputs) == "plain: the forward of Linear has been replaced"
+    assert outcome(packed, inputs) == "the forward of Linear has been replaced"
     assert len(calls) == 7 * packed.config.num_hidden_layers
     monkeypatch.undo()
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_dot_product_attention"])
@@ -122,7 +121,7 @@ def test_a_replaced_function_is_called(packed, inputs, monkeypatch, name):
     calls = []
     original = getattr(F, name)
     monkeypatch.setattr(F, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
-    assert path_of(packed, inputs) == "plain: a function of torch.nn.functional has been replaced"
+    assert outcome(packed, inputs) == "a function of torch.nn.functional has been replaced"
     assert calls
 
 
@@ -135,7 +134,7 @@ def test_a_subclassed_module_is_called(packed, inputs):
     expected = packed(**inputs).last_hidden_state
     packed.encoder.layers[0].ffn.act_fn = Doubled()
     assert not torch.equal(packed(**inputs).last_hidden_state, expected)
-    assert packed.path == "plain: a module is a Doubled"
+    assert packed.engine_refusal == "a module is a Doubled"
 
 
 def test_a_compiled_layer_compiles_for_whole_batches():
@@ -211,49 +210,53 @@ def test_reentrant_checkpointing_with_dropout_recomputes_what_it_ran(inputs):
     assert (gradients(checkpointed=True) - expected).norm() < 1e-9 * expected.norm()
 
 
-def test_capture_hooks_at_rest_do_not_matter(packed, inputs):
+def test_hidden_states_are_served_and_leave_nothing_behind(packed, inputs):
     without = packed(**inputs).last_hidden_state
     outputs = packed(**inputs, output_hidden_states=True)
-    assert packed.path == "plain: hidden states of every layer were asked for"
+    assert packed.last_engine == "cpu"
     assert len(outputs.hidden_states) == packed.config.num_hidden_layers + 1
-    assert (outputs.last_hidden_state - without).abs().max() < 1e-5
-    assert path_of(packed, inputs) == "cpu"
+    assert torch.equal(outputs.last_hidden_state, without)
+    assert not any(module._forward_hooks for module in packed.modules())
+    packed.use_engines = False
+    plain = packed(**inputs, output_hidden_states=True)
+    for ours, expected in zip(outputs.hidden_states, plain.hidden_states, strict=True):
+        assert (ours - expected).abs().max() < 1e-5
 
 
 def test_gradients_take_the_plain_path_and_a_frozen_model_does_not(packed, inputs):
     packed.train()
     with torch.enable_grad():
-        assert path_of(packed, inputs) == "plain: gradients are enabled"
+        assert outcome(packed, inputs) == "gradients are enabled"
         packed.requires_grad_(False)
-        assert path_of(packed, inputs) == "cpu"
+        assert outcome(packed, inputs) == "cpu"
         inputs["hidden_states"].requires_grad_()
-        assert path_of(packed, inputs) == "plain: gradients are enabled"
-    assert path_of(packed, inputs) == "cpu"
+        assert outcome(packed, inputs) == "gradients are enabled"
+    assert outcome(packed, inputs) == "cpu"
 
 
 def test_dropout_is_applied_without_gradients_too(inputs):
     packed = packing_model(reference_model(attention_dropout=0.5))
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"
     packed.train()
     assert not torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
-    assert packed.path == "plain: dropout is active"
+    assert packed.engine_refusal == "dropout is active"
 
 
 def test_autocast_takes_the_plain_path(packed, inputs):
     with torch.autocast("cpu", torch.bfloat16):
-        assert path_of(packed, inputs) == "plain: autocast is on"
+        assert outcome(packed, inputs) == "autocast is on"
 
 
 def test_a_default_device_does_not_matter_and_other_function_modes_do(packed, inputs):
     with torch.device("cpu"):
-        assert path_of(packed, inputs) == "cpu"
+        assert outcome(packed, inputs) == "cpu"
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
     with Mode():
-        assert path_of(packed, inputs) == "plain: a function mode is on"
+        assert outcome(packed, inputs) == "a function mode is on"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -262,18 +265,18 @@ def test_transforms_of_torch_func_take_the_plain_path(packed, inputs):
 
     def forward(patches):
         output = packed(patches, inputs["grid_thw"]).last_hidden_state
-        seen.append(packed.path)
+        seen.append(packed.engine_refusal)
         return output
 
     with sdpa_kernel(SDPBackend.MATH):
         torch.func.jvp(forward, (inputs["hidden_states"],), (torch.ones_like(inputs["hidden_states"]),))
-    assert seen == ["plain: a transform of torch.func is on"]
+    assert seen == ["a transform of torch.func is on"]
 
 
 @pytest.mark.parametrize("attn", ["eager"])
 def test_another_attention_takes_the_plain_path(inputs, attn):
     packed = packing_model(reference_model(), attn=attn)
-    assert path_of(packed, inputs).startswith(f"plain: cpu: attn_implementation is {attn}")
+    assert outcome(packed, inputs) == f"attn_implementation is {attn}"
 
 
 def test_weights_changed_in_place_or_replaced_count_at_once(packed, inputs):
@@ -281,25 +284,25 @@ def test_weights_changed_in_place_or_replaced_count_at_once(packed, inputs):
         before = packed(**inputs).last_hidden_state
     packed.encoder.layers[1].ffn.up_proj.weight.data.mul_(2)
     changed = packed(**inputs).last_hidden_state
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     assert not torch.equal(changed, before)
     packed.encoder.layers[0].attention.q_proj = nn.Linear(64, 64, bias=True)
     replaced = packed(**inputs).last_hidden_state
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     packed.use_engines = False
     assert (replaced - packed(**inputs).last_hidden_state).abs().max() < 1e-5
     packed.use_engines = True
     packed.encoder.layers[0].rms_norm1.half()
     with suppress(RuntimeError):
         packed(**inputs)
-    assert packed.path == "plain: the weights are of several dtypes"
+    assert packed.engine_refusal == "the weights are of several dtypes"
 
 
 def test_fewer_layers_count_at_once(packed, inputs):
     packed(**inputs)
     packed.encoder.layers = packed.encoder.layers[:1]
     ours = packed(**inputs).last_hidden_state
-    assert packed.path == "cpu"
+    assert packed.last_engine == "cpu"
     packed.use_engines = False
     assert (ours - packed(**inputs).last_hidden_state).abs().max() < 1e-5
 
@@ -308,7 +311,7 @@ def test_a_torch_without_a_private_name_runs_the_plain_model(packed, inputs, mon
     expected = packed(**inputs).last_hidden_state
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
     ours = packed(**inputs).last_hidden_state
-    assert packed.path.startswith("plain: this torch lacks a name (")
+    assert packed.engine_refusal.startswith("this torch lacks a name (")
     assert (ours - expected).abs().max() < 1e-5
 
 
@@ -322,11 +325,11 @@ def test_adapters_are_applied_merged_and_unmerged(inputs):
         targets = ["q_proj", "v_proj", "gate_proj", "patch_embed", "position_embedding"]
         adapted = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
         unmerged = adapted.eval()(**inputs).last_hidden_state
-        assert packed.path.startswith("plain: a module is a ")
+        assert packed.engine_refusal.startswith("a module is a ")
         assert (unmerged - without).abs().max() > 0.1
         merged = adapted.merge_and_unload()
         again = merged(**inputs).last_hidden_state
-        assert merged.path == "cpu"
+        assert merged.last_engine == "cpu"
         assert (again - unmerged).abs().max() < 1e-4
 
 
@@ -351,7 +354,7 @@ def test_alignment_hooks_that_move_nothing_do_not_matter(packed, inputs):
     )
     replaced = [name for name, module in packed.named_modules() if "forward" in vars(module)]
     assert len(replaced) > packed.config.num_hidden_layers
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"
 
 
 def test_offloaded_weights_are_fetched(packed, inputs, tmp_path):
@@ -359,58 +362,45 @@ def test_offloaded_weights_are_fetched(packed, inputs, tmp_path):
     expected = packed(**inputs).last_hidden_state
     accelerate.disk_offload(packed, tmp_path, execution_device="cpu")
     ours = packed(**inputs).last_hidden_state
-    assert packed.path.startswith("plain: ")
+    assert packed.last_engine is None
     assert (ours - expected).abs().max() < 1e-5
 
 
 def test_which_path_ran_is_logged(packed, inputs, caplog):
-    logger = logging.getLogger(hub_module("inference").__name__)
+    logger = logging.getLogger(hub_module("accelerated").__name__)
     with caplog.at_level(logging.DEBUG, logger=logger.name):
         logger.addHandler(caplog.handler)
         packed.use_engines = False
         packed(**inputs)
         logger.removeHandler(caplog.handler)
-    assert "plain: `use_engines` is false" in caplog.text
+    assert "no engine ran: `use_engines` is false" in caplog.text
 
 
-@pytest.mark.parametrize("room", ["cpu_inference", "cuda_inference"])
-def test_an_engine_can_be_removed_without_a_trace(room, packed, inputs, tmp_path):
-    """Its file, its imports and its entry in the table of engines: the model gives the same features."""
-    expected = packed(**inputs).last_hidden_state
-    packed.save_pretrained(tmp_path)
-    for file in REPO.glob("*_aimv2_packing.py"):
-        shutil.copy(file, tmp_path)
-    shutil.copy(REPO / "config.json", tmp_path / "auto.json")
-    config = packed.config.to_dict() | {
-        "auto_map": {
-            "AutoConfig": "configuration_aimv2_packing.Aimv2PackingConfig",
-            "AutoModel": "modeling_aimv2_packing.Aimv2PackingModel",
-        }
+def test_arrows_between_the_files_point_down():
+    """The plain model knows of no engine, and no engine knows a model."""
+    allowed = {
+        "configuration": set(),
+        "layout": {"configuration"},
+        "modeling": {"configuration", "layout"},
+        "image_text": {"configuration", "layout", "modeling"},
+        "cpu_engine": {"layout"},
     }
-    type(packed.config).from_dict(config).save_pretrained(tmp_path)
-    door = tmp_path / "inference_aimv2_packing.py"
-    name = room.removesuffix("_inference")
-    source = re.sub(rf"from \.{room}_aimv2_packing import .*\n", "", door.read_text())
-    source = re.sub(rf'Engine\("{name}", [^)]*\),?', "", source)
-    door.write_text(source)
-    (tmp_path / f"{room}_aimv2_packing.py").unlink()
-    without = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    ours = without(**inputs).last_hidden_state
-    assert without.path.startswith("plain" if room == "cpu_inference" else "cpu")
-    assert (ours - expected).abs().max() < 1e-5
-
-
-def test_an_engine_imports_nothing_from_the_modeling_file():
-    for path in REPO.glob("*_inference_aimv2_packing.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, ast.ImportFrom) and node.level and "modeling" in (node.module or "")), (
-                path.name
-            )
+    for path in REPO.glob("*_aimv2_packing.py"):
+        name = path.name.removesuffix("_aimv2_packing.py")
+        tree = ast.parse(path.read_text())
+        imported = {
+            node.module.removesuffix("_aimv2_packing")
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level
+        }
+        if "engine" in name or "kernels" in name or "graphs" in name:
+            assert not imported & {"modeling", "image_text", "accelerated", "accelerated_image_text"}, name
+        assert imported <= allowed.get(name, imported), name
 
 
 def test_a_subclass_of_the_model_is_served(inputs):
-    class Subclass(Aimv2PackingModel):
+    class Subclass(Aimv2PackingAcceleratedModel):
         pass
 
     packed = Subclass(packing_model(reference_model()).config).eval()
-    assert path_of(packed, inputs) == "cpu"
+    assert outcome(packed, inputs) == "cpu"

@@ -23,7 +23,7 @@ from reference import (
 )
 
 
-cuda_inference, kernels = hub_module("cuda_inference"), hub_module("triton_kernels")
+cuda_engine, kernels = hub_module("cuda_engine"), hub_module("triton_kernels")
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8}
 MIXED = [*ODD_GRIDS, (16, 16), (16, 16), (40, 30), (64, 64)]
@@ -55,12 +55,12 @@ def features(packed, inputs: dict[str, torch.Tensor], times: int = 1) -> torch.T
     with torch.inference_mode():
         for _ in range(times):
             output = packed(**inputs).last_hidden_state
-            assert packed.path == "cuda", packed.path
+            assert packed.last_engine == "cuda", packed.engine_refusal
     return output
 
 
 def engine_of(packed):
-    engine = cuda_inference.engines[packed]
+    engine = cuda_engine.engines[packed]
     assert engine.capture_failure is None
     return engine
 
@@ -81,23 +81,16 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def test_without_triton_the_engine_says_so(monkeypatch):
-    monkeypatch.setattr(cuda_inference, "triton", None)
-    engine = cuda_inference.Engine(packing_model(reference_model()), cuda_inference.CudaInferenceSettings())
+    monkeypatch.setattr(cuda_engine, "triton", None)
+    engine = cuda_engine.Engine(packing_model(reference_model()), cuda_engine.CudaInferenceSettings())
     assert engine.reason == "Triton is not installed"
 
 
-def test_patches_on_a_cpu_are_refused():
-    packed = packing_model(reference_model())
-    inputs = pack(random_images(ODD_GRIDS))
-    layout = packed_layout(inputs["grid_thw"], packed.config)
-    assert cuda_inference.refusal(packed, inputs["hidden_states"], layout, None) == "the patches are on cpu"
-
-
 def test_padded_sizes_recur_and_cost_little():
-    sizes = [cuda_inference.padded_size(patches) for patches in range(1, 20481)]
+    sizes = [cuda_engine.padded_size(patches) for patches in range(1, 20481)]
     assert all(patches <= size for patches, size in enumerate(sizes, start=1))
     assert all(size - patches < max(64, size / 16) for patches, size in enumerate(sizes, start=1))
-    assert all(cuda_inference.padded_size(size) == size for size in set(sizes))
+    assert all(cuda_engine.padded_size(size) == size for size in set(sizes))
     assert len({size for size in sizes if 4096 < size <= 8192}) == 16
     assert len(set(sizes)) < 128
 
@@ -119,14 +112,14 @@ def torch_silu_mul(gate_up, out):
 @pytest.mark.parametrize("patch_layout", ["channels_first", "channels_last"])
 def test_products_and_what_lies_between_them_are_the_models(monkeypatch, patch_layout, grids, variant, merge):
     """The engine's own forward in float32, its kernels replaced by PyTorch's operations."""
-    monkeypatch.setattr(cuda_inference, "add_rms_norm", torch_add_rms_norm)
-    monkeypatch.setattr(cuda_inference, "silu_mul", torch_silu_mul)
+    monkeypatch.setattr(cuda_engine, "add_rms_norm", torch_add_rms_norm)
+    monkeypatch.setattr(cuda_engine, "silu_mul", torch_silu_mul)
     packed = packing_model(reference_model(**VARIANTS[variant]), patch_layout=patch_layout)
     inputs = pack(random_images(grids))
     layout = packed_layout(inputs["grid_thw"], packed.config)
-    settings = cuda_inference.CudaInferenceSettings(merge_weights=merge)
-    engine = cuda_inference.Engine(packed, settings)
-    engine.weights = cuda_inference.Weights(packed, merge)
+    settings = cuda_engine.CudaInferenceSettings(merge_weights=merge)
+    engine = cuda_engine.Engine(packed, settings)
+    engine.weights = cuda_engine.Weights(packed, merge)
     buffers = engine.new_buffers(len(inputs["hidden_states"]))
     buffers.patches[:, : inputs["hidden_states"].shape[1]].copy_(inputs["hidden_states"])
 
@@ -144,13 +137,13 @@ def test_products_and_what_lies_between_them_are_the_models(monkeypatch, patch_l
 
 def are_current(weights, packed) -> bool:
     below = list(packed.modules())[1:]
-    return weights.are_those_of(below, cuda_inference.parameters_of(below))
+    return weights.are_those_of(below, cuda_engine.parameters_of(below))
 
 
 def test_merged_weights_follow_the_models_own():
     packed = packing_model(reference_model(qkv_bias=True))
     keys = list(packed.state_dict())
-    weights = cuda_inference.Weights(packed, merge=True)
+    weights = cuda_engine.Weights(packed, merge=True)
     attention = packed.encoder.layers[1].attention
 
     def merged() -> torch.Tensor:
@@ -181,7 +174,7 @@ def test_merged_weights_follow_the_models_own():
 )
 def test_weights_moved_or_replaced_are_noticed(change):
     packed = packing_model(reference_model())
-    weights = cuda_inference.Weights(packed, merge=True)
+    weights = cuda_engine.Weights(packed, merge=True)
     assert are_current(weights, packed)
     change(packed)
     assert not are_current(weights, packed)
@@ -189,9 +182,9 @@ def test_weights_moved_or_replaced_are_noticed(change):
 
 def test_what_was_started_before_another_thread_refreshed_the_copies_is_dropped():
     packed = packing_model(reference_model())
-    engine = cuda_inference.Engine(packed, cuda_inference.CudaInferenceSettings())
-    engine.weights = cuda_inference.Weights(packed, merge=True)
-    started = cuda_inference.Started(engine, None, torch.zeros(1), engine.weights.versions)
+    engine = cuda_engine.Engine(packed, cuda_engine.CudaInferenceSettings())
+    engine.weights = cuda_engine.Weights(packed, merge=True)
+    started = cuda_engine.Started(engine, None, torch.zeros(1), engine.weights.versions)
     assert engine.still_holds(started)
     with torch.no_grad():
         packed.encoder.layers[0].attention.q_proj.weight.mul_(2)
@@ -212,7 +205,7 @@ def test_what_was_started_before_another_thread_refreshed_the_copies_is_dropped(
 def test_a_graph_is_not_that_of_other_numbers(change):
     packed = packing_model(reference_model())
     layout = packed_layout(torch.tensor([(1, 4, 5)]), packed.config)
-    engine = cuda_inference.Engine(packed, cuda_inference.CudaInferenceSettings())
+    engine = cuda_engine.Engine(packed, cuda_engine.CudaInferenceSettings())
     engine.has_own_attention = True
     before = engine.key_of(engine.budget_of(20, layout))
     assert engine.key_of(engine.budget_of(20, layout)) == before
@@ -400,7 +393,7 @@ def inputs_of_images(images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("merge", [True, False])
 def test_weights_changed_in_place_moved_or_replaced_are_seen(merge):
     packed = packing_model(reference_model(torch.bfloat16)).cuda()
-    cuda_inference.configure(packed, merge_weights=merge)
+    cuda_engine.configure(packed, merge_weights=merge)
     inputs = inputs_of(ODD_GRIDS)
 
     def is_followed() -> bool:
@@ -420,7 +413,7 @@ def test_weights_changed_in_place_moved_or_replaced_are_seen(merge):
     packed.load_state_dict(packing_model(reference_model(torch.bfloat16)).state_dict())
     assert is_followed()
     layer.attention.q_proj.weight.data.mul_(-2)
-    cuda_inference.refresh(packed)
+    cuda_engine.refresh(packed)
     assert is_followed()
     assert distance(features(packed, inputs, times=3), plain_features(packed, inputs).float()) < 0.02
 
@@ -433,7 +426,7 @@ def test_what_was_started_is_dropped_where_something_speaks_against_it():
     handle = packed.encoder.layers[0].register_forward_hook(lambda module, args, output: output * 3)
     with torch.inference_mode():
         hooked = packed(**inputs).last_hidden_state
-        assert packed.path.startswith("plain")
+        assert packed.last_engine is None
         states = packed(**inputs, output_hidden_states=True).hidden_states
         assert torch.equal(packed.rms_norm(states[-1]), hooked)
     handle.remove()
@@ -443,7 +436,7 @@ def test_what_was_started_is_dropped_where_something_speaks_against_it():
 @gpu
 def test_five_hundred_mixes_keep_memory_bounded_and_outputs_apart():
     packed = packing_model(reference_model(torch.bfloat16)).cuda()
-    cuda_inference.configure(packed, max_graphs=8)
+    cuda_engine.configure(packed, max_graphs=8)
     kept = []
     for index, mix in enumerate(random_mixes(500)):
         inputs = {**mix, "hidden_states": mix["hidden_states"].cuda()}
@@ -472,7 +465,7 @@ def test_threads_on_streams_of_their_own_get_their_own_features():
                 if not torch.equal(features(packed, batches[index]), expected[index]):
                     wrong.append(index)
 
-    cuda_inference.release(packed)
+    cuda_engine.release(packed)
     torch.cuda.synchronize()
     threads = [threading.Thread(target=run, args=(first,)) for first in (0, 3, 6)]
     for thread in threads:
@@ -494,7 +487,7 @@ def test_a_caller_captures_a_graph_of_its_own():
         plain_features(packed, inputs)
         with torch.cuda.graph(graph):
             ours = packed(inputs["hidden_states"], **given).last_hidden_state
-        assert packed.path.startswith("plain") and "captures" in packed.path
+        assert "captures" in packed.engine_refusal
         graph.replay()
     assert distance(ours, expected.float()) < 0.02
 
@@ -503,11 +496,11 @@ def test_a_caller_captures_a_graph_of_its_own():
 def test_graphs_can_be_captured_ahead_bounded_and_done_without():
     packed = packing_model(reference_model(torch.bfloat16)).cuda()
     inputs = inputs_of(ODD_GRIDS)
-    cuda_inference.capture(packed, [height * width for height, width in ODD_GRIDS])
+    cuda_engine.capture(packed, [height * width for height, width in ODD_GRIDS])
     assert len(engine_of(packed).graphs) == 1
     with_graph = features(packed, inputs)
     assert len(engine_of(packed).graphs) == 1
-    cuda_inference.configure(packed, max_graph_patches=0)
+    cuda_engine.configure(packed, max_graph_patches=0)
     without = features(packed, inputs, times=3)
     assert not engine_of(packed).graphs
     assert distance(with_graph, without.float()) < 0.02
@@ -521,7 +514,7 @@ def test_released_models_hold_no_more_memory_than_before():
     before = torch.cuda.memory_allocated()
     features(packed, inputs, times=3)
     assert torch.cuda.memory_allocated() > before
-    cuda_inference.release(packed)
+    cuda_engine.release(packed)
     assert torch.cuda.memory_allocated() <= before
     features(packed, inputs, times=3)
     duplicate = copy.deepcopy(packed)
@@ -543,5 +536,5 @@ def test_more_segments_than_a_grid_holds(dtype):
 def test_a_model_in_training_takes_the_plain_path():
     packed = packing_model(reference_model(torch.bfloat16)).cuda().train()
     packed(**inputs_of(ODD_GRIDS)).last_hidden_state.float().square().mean().backward()
-    assert packed.path.startswith("plain")
+    assert packed.last_engine is None
     assert all(parameter.grad is not None for parameter in packed.parameters())

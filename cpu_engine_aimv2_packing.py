@@ -8,6 +8,7 @@ product and what follows it are one oneDNN kernel, where there is one; norms and
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -31,32 +32,41 @@ SHORT_LENGTH = 96
 HALF = (torch.bfloat16, torch.float16)
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, modules: Any) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any) -> str | None:
     """Why this engine cannot run a forward that no hook, wrapper or gradient speaks against, or `None`."""
-    if hidden_states.device.type != "cpu":
-        return f"the model is on {hidden_states.device}"
     if model.config._attn_implementation != "sdpa":
         return f"attn_implementation is {model.config._attn_implementation}"
     return None
 
 
-def encode(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """Patches `(total_patches, patch_dim)` to features after the final norm `(total_patches, hidden_size)`."""
-    features = None
-    layout = with_positions(layout, model.config)
+def encode(
+    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any, depths: Sequence[int], last: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """
+    Patches `(total_patches, patch_dim)` to the states after `depths` blocks, before the final norm, and with `last` the
+    features after it, `(total_patches, hidden_size)` each. Blocks run as far as they are needed.
+    """
+    layers = model.encoder.layers if last else model.encoder.layers[: max(depths)]
+    wanted: list[torch.Tensor] = []
+    layout = with_positions(layout.to(hidden_states.device), model.config)
     for block in plan_blocks(layout.lengths):
         own = hidden_states[block.rows]
         # With ones, because not every dtype has a zero.
         patches = F.pad(own, (0, 0, 0, block.padding), value=1.0) if block.padding else own
         states = model.embeddings(patches, positions_of(block, layout))
-        for layer in model.encoder.layers:
+        outputs = [states] if 0 in depths else []
+        for depth, layer in enumerate(layers, start=1):
             states = states + attention(layer.attention, rms_norm(layer.rms_norm1, states), block.runs)
             states = states + ffn(layer.ffn, rms_norm(layer.rms_norm2, states))
-        states = rms_norm(model.rms_norm, states)
-        if features is None:
-            features = states.new_empty(len(hidden_states), states.shape[1])
-        features[block.rows] = states[: len(own)]
-    return features
+            if depth in depths:
+                outputs.append(states)
+        if last:
+            outputs.append(rms_norm(model.rms_norm, states))
+        if not wanted:
+            wanted = [states.new_empty(len(hidden_states), states.shape[1]) for _ in outputs]
+        for whole, part in zip(wanted, outputs, strict=True):
+            whole[block.rows] = part[: len(own)]
+    return tuple(wanted[: len(depths)]), wanted[-1] if last else None
 
 
 # Blocks
@@ -121,7 +131,7 @@ def positions_of(block: Block, layout: PackedLayout) -> PackedLayout:
         for name in ("position_ids", "interp_indices", "interp_weights")
         if (value := getattr(layout, name)) is not None
     }
-    return layout._replace(**own)
+    return replace(layout, **own)
 
 
 # Layers
