@@ -43,7 +43,7 @@ from .triton_kernels_aimv2_packing import (
 
 logger = logging.getLogger(__name__)
 
-# (module, query, key, value), the last three of shape (patches, heads, head_dim), to the attended values.
+# (module, qkv), the latter of shape (patches, 3, heads, head_dim), to the attended values (patches, heads, head_dim).
 Attention = Callable[..., torch.Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -247,11 +247,11 @@ class Engine:
         self.patch_dim = config.num_channels * config.patch_size**2
         half_on_hopper = self.device.type == "cuda" and self.dtype in HALF and capability_of(self.device)[0] == 9
         # Measured on Hopper; docs/kernels.md.
-        self.has_own_attention = half_on_hopper and self.head_dim in (16, 32, 64, 128)
-        widths = [width for layer in self.layers for width in layer.widths]
-        whole = not any(width % 8 for width in (self.hidden_size, *widths))
-        self.has_descriptors = half_on_hopper and whole and products_compile(self.dtype, self.device)
-        self.fuses_gate = self.has_descriptors and all(
+        has_descriptors = half_on_hopper and products_compile(self.dtype, self.device)
+        self.has_own_attention = has_descriptors and self.head_dim in (16, 32, 64, 128)
+        widths = [self.hidden_size, *(width for layer in self.layers for width in layer.widths)]
+        self.has_own_products = has_descriptors and not any(width % 8 for width in widths)
+        self.fuses_gate = self.has_own_products and all(
             gate.bias is None and up.bias is None and are_adjacent([gate.weight, up.weight])
             for gate, up in map(attrgetter("gate_up"), self.layers)
         )
@@ -270,7 +270,7 @@ class Engine:
         bounds = (power_of_two(segments + 1, 16), power_of_two(max(longest, size - patches), 256))
         return Budget(
             *(size, *((size, size) if own_attention else bounds), depths, last, has_frames),
-            *(same_bits and self.has_descriptors and own_attention, attention, self.config.patch_layout),
+            *(same_bits and self.has_own_products and own_attention, attention, self.config.patch_layout),
             *(blas_numerics(), tuple(map(attrgetter("eps"), self.all_norms))),
         )
 
@@ -345,7 +345,7 @@ class Engine:
             qkv, activated = inputs.part("wide", 3 * width), inputs.part("activated", size)
             for product in products_of(*layer.qkv):
                 self.multiply(product, normed, qkv, budget)
-            attended = attend(layer.attention, *qkv.view(budget.patches, 3, -1, self.head_dim).unbind(1))
+            attended = attend(layer.attention, qkv.view(budget.patches, 3, -1, self.head_dim))
             self.add_and_norm(layer.out, attended.flatten(1), layer.norm2, inputs)
             if self.fuses_gate:
                 swiglu(normed, whole_of([linear.weight for linear in layer.gate_up]), out=activated)
@@ -375,20 +375,22 @@ class Engine:
         else:
             learned_positions(located, inputs.positions, self.embeddings.position_embedding.weight.contiguous(), out)
 
-    def multiply(
-        self, product: Product, states: torch.Tensor, out: torch.Tensor, budget: Budget, adds: bool = False
-    ) -> None:
-        """The product's columns of `out`; with `adds` added to what is there."""
-        numerics = budget.numerics if budget.same_bits else None
+    def multiply(self, product: Product, states: torch.Tensor, out: torch.Tensor, budget: Budget) -> None:
+        """The product's columns of `out`."""
+        weight, numerics = product.weight.contiguous(), budget.numerics if budget.same_bits else None
         rows = (x.split(PATCHES_PER_PRODUCT) for x in (states, out[:, product.columns]))
         for some, their_out in zip(*rows, strict=True):
-            multiply(some, product.weight.contiguous(), product.bias, their_out, adds, numerics)
+            multiply(some, weight, product.bias, their_out, numerics)
 
     def add_and_norm(self, linear: nn.Linear, states: torch.Tensor, norm: nn.RMSNorm, inputs: Inputs) -> None:
-        residual, normed, bias = inputs.buffers.residual, inputs.buffers.normed, linear.bias
-        out, product = residual if bias is None else normed, Product(linear.weight, bias, slice(None))
-        self.multiply(product, states, out, inputs.budget, adds=bias is None)
-        add_rms_norm(residual, None if bias is None else normed, norm.weight, norm.eps, out=normed)
+        residual, normed, budget = inputs.buffers.residual, inputs.buffers.normed, inputs.budget
+        # A sum inside the product is the fastest; but cuBLAS's has an order of its own.
+        adds = linear.bias is None and not budget.same_bits
+        if adds:
+            residual.addmm_(states, linear.weight.t())
+        else:
+            self.multiply(Product(linear.weight, linear.bias, slice(None)), states, normed, budget)
+        add_rms_norm(residual, None if adds else normed, norm.weight, norm.eps, out=normed)
 
     def attention(self, inputs: Inputs, located: torch.Tensor, lengths: Sequence[int]) -> Attention:
         """
@@ -397,8 +399,8 @@ class Engine:
         """
         budget = inputs.budget
         if self.has_own_attention and budget.attention == "sdpa":
-            return lambda module, *states: segment_attention(
-                *states, located, out=inputs.part("attended", states[0][0].numel()).view(states[0].shape)
+            return lambda module, qkv: segment_attention(
+                qkv, located, inputs.part("attended", qkv[0, 0].numel()).view(qkv[:, 0].shape)
             )
         # Segments that a batch lacks begin and end where the padding ends.
         at = torch.arange(budget.segments + 1, dtype=torch.int32, device=self.device)
@@ -411,7 +413,7 @@ class Engine:
             attend = self.attention_by_segments(cu_seqlens[first : first + len(own) + 1] - start, budget)
             parts.append((slice(start, start + sum(own)), attend))
             start += sum(own)
-        return lambda module, *states: torch.cat([attend(module, *(x[rows] for x in states)) for rows, attend in parts])
+        return lambda module, qkv: torch.cat([attend(module, qkv[rows]) for rows, attend in parts])
 
     def attention_by_segments(self, cu_seqlens: torch.Tensor, budget: Budget) -> Attention:
         """By kernels of PyTorch's, or of the user's choice."""
@@ -421,17 +423,15 @@ class Engine:
             names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
             options = {"dropout": 0.0, "scaling": self.head_dim**-0.5, "is_causal": False, "attention_mask": None}
             options |= dict(zip(names, bounds, strict=True))
-            return lambda module, *states: interface(
-                module, *(x.transpose(0, 1).unsqueeze(0) for x in states), **options
+            return lambda module, qkv: interface(
+                module, *(x.transpose(0, 1).unsqueeze(0) for x in qkv.unbind(1)), **options
             )[0].squeeze(0)
         if self.dtype in HALF and capability_of(self.device) >= (8, 0):
             # What `varlen_attn` calls, which adds a kernel for the state of a dropout that it lacks.
-            return lambda module, *states: torch.ops.aten._flash_attention_forward(*states, *bounds, 0.0, False, False)[
-                0
-            ]
-        return lambda module, *states: torch.ops.aten._efficient_attention_forward(
-            *(x.unsqueeze(0) for x in states), None, *bounds, 0.0, 0
-        )[0].squeeze(0)
+            flash = torch.ops.aten._flash_attention_forward
+            return lambda module, qkv: flash(*qkv.unbind(1), *bounds, 0.0, False, False)[0]
+        efficient = torch.ops.aten._efficient_attention_forward
+        return lambda module, qkv: efficient(*qkv.unsqueeze(0).unbind(2), None, *bounds, 0.0, 0)[0].squeeze(0)
 
 
 def where_they_lie(parameters: Sequence[nn.Parameter]) -> tuple[list[int], list[bool]]:
@@ -461,37 +461,41 @@ def compiler_failure(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any) -> str | None:
     """Why this forward cannot run here; `None` where it can."""
-    config, device, dtype = model.config, hidden_states.device, model.rms_norm.weight.dtype
-    if triton is None:
-        return "Triton is not installed"
-    if torch.version.cuda is None:
-        return "this PyTorch is not built for CUDA"
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a CUDA graph"
-    attention = config._attn_implementation
-    if attention != "sdpa" and not is_flash_attention_requested(config):
+    attention = model.config._attn_implementation
+    if attention != "sdpa" and not is_flash_attention_requested(model.config):
         return f"the attention implementation is {attention}"
-    activations = state.engines.setdefault("activations", activations_of(model))
-    if activations - {"SiLU", "SiLUActivation"}:
-        return f"the activation is {', '.join(sorted(activations))}"
-    head_dim = config.hidden_size // config.num_attention_heads
-    if head_dim % 8 or head_dim > 256:
-        return f"no attention kernel takes heads of size {head_dim}"
-    if dtype not in (torch.float32, *HALF):
-        return f"the weights are {dtype}"
-    if dtype == torch.bfloat16 and capability_of(device) < (8, 0):
-        return "this GPU has no bfloat16"
-    has_flash = dtype in HALF and capability_of(device) >= (8, 0)
+    if "cuda refusal" not in state.engines:
+        state.engines["cuda refusal"] = refusal_of_state(model, hidden_states.device)
+    has_flash, reason = state.engines["cuda refusal"]
     backends = torch.backends.cuda
     if attention == "sdpa" and not (
         backends.flash_sdp_enabled() if has_flash else backends.mem_efficient_sdp_enabled()
     ):
         return f"{'flash' if has_flash else 'memory-efficient'} attention is switched off"
-    return compiler_failure(dtype, device)
+    return reason
 
 
-def activations_of(model: nn.Module) -> set[str]:
-    return {type(layer.ffn.act_fn).__name__ for layer in model.encoder.layers}
+def refusal_of_state(model: nn.Module, device: torch.device) -> tuple[bool, str | None]:
+    """Whether PyTorch has flash attention for this model, and why the model as it is cannot run here, or `None`."""
+    config, dtype, activations = model.config, model.rms_norm.weight.dtype, set()
+    if triton is None:
+        return False, "Triton is not installed"
+    if torch.version.cuda is None:
+        return False, "this PyTorch is not built for CUDA"
+    for layer in model.encoder.layers:
+        activations.add(type(layer.ffn.act_fn).__name__)
+    if activations - {"SiLU", "SiLUActivation"}:
+        return False, f"the activation is {', '.join(sorted(activations))}"
+    head_dim = config.hidden_size // config.num_attention_heads
+    if head_dim % 8 or head_dim > 256:
+        return False, f"no attention kernel takes heads of size {head_dim}"
+    if dtype not in (torch.float32, *HALF):
+        return False, f"the weights are {dtype}"
+    if dtype == torch.bfloat16 and capability_of(device) < (8, 0):
+        return False, "this GPU has no bfloat16"
+    return dtype in HALF and capability_of(device) >= (8, 0), compiler_failure(dtype, device)
 
 
 def engine_of(model: nn.Module, state: Any) -> Engine:

@@ -103,17 +103,12 @@ if triton is not None:
         block_hidden: tl.constexpr,
         group: tl.constexpr,
         has_bias: tl.constexpr,
-        adds: tl.constexpr,
     ):
         row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
             row, column = corner_of(tile, row_tiles, column_tiles, group)
             row, column = row * block_rows, column * block_columns
-            # What is added to comes first, as in cuBLAS.
-            if adds:
-                total = output.load([row, column]).to(tl.float32)
-            else:
-                total = tl.zeros([block_rows, block_columns], tl.float32)
+            total = tl.zeros([block_rows, block_columns], tl.float32)
             for hidden in range(0, hidden_size, block_hidden):
                 total = tl.dot(hidden_states.load([row, hidden]), weight.load([column, hidden]).T, total)
             if has_bias:
@@ -243,10 +238,10 @@ if triton is not None:
 
     @triton.jit
     def attend_to_block(
-        query,
-        keys,
-        values,
-        stride,
+        qkv,
+        key_column,
+        size: tl.constexpr,
+        queries,
         scale,
         first,
         end,
@@ -255,21 +250,15 @@ if triton is not None:
         attended,
         masked: tl.constexpr,
         block: tl.constexpr,
-        head_dim: tl.constexpr,
     ):
-        rows = first + tl.arange(0, block)
-        at = rows.to(tl.int64)[:, None] * stride + tl.arange(0, head_dim)[None, :]
-        inside = rows < end
-        # Zeros, not what follows the segment: a weight of 0 times a stranger's NaN would be NaN.
+        key = qkv.load([first, key_column])
+        scores = tl.dot(queries, key.T)
+        value = qkv.load([first, key_column + size])
         if masked:
-            key = tl.load(keys + at, mask=inside[:, None], other=0.0)
-            value = tl.load(values + at, mask=inside[:, None], other=0.0)
-        else:
-            key = tl.load(keys + at)
-            value = tl.load(values + at)
-        scores = tl.dot(query, tl.trans(key))
-        if masked:
+            inside = first + tl.arange(0, block) < end
             scores = tl.where(inside[None, :], scores, float("-inf"))
+            # Zeros, not what follows the segment: a weight of 0 times a stranger's NaN would be NaN.
+            value = tl.where(inside[:, None], value, 0.0)
         larger = tl.maximum(maxima, tl.max(scores, 1) * scale)
         weights = tl.math.exp2(scores * scale - larger[:, None])
         shrink = tl.math.exp2(maxima - larger)
@@ -278,15 +267,13 @@ if triton is not None:
 
     @triton.jit
     def segment_attention_kernel(
+        qkv,
         query,
-        keys,
-        values,
         output,
-        starts,
-        ends,
+        located,
         scale,
-        stride,
         patches,
+        size: tl.constexpr,
         head_dim: tl.constexpr,
         block_rows: tl.constexpr,
         block_keys: tl.constexpr,
@@ -294,14 +281,12 @@ if triton is not None:
         head = tl.program_id(1)
         rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
         inside = rows < patches
-        row_starts = tl.load(starts + rows, mask=inside, other=-1)
-        row_ends = tl.load(ends + rows, mask=inside, other=0)
-        dims = tl.arange(0, head_dim)
-        at = rows.to(tl.int64)[:, None] * stride + head * head_dim + dims[None, :]
-        queries = tl.load(query + at, mask=inside[:, None], other=0.0)
-        keys += head * head_dim
-        values += head * head_dim
-        out = rows.to(tl.int64)[:, None] * (tl.num_programs(1) * head_dim) + head * head_dim + dims[None, :]
+        row_starts = tl.load(located + rows, mask=inside, other=-1)
+        row_ends = tl.load(located + patches + rows, mask=inside, other=0)
+        at = rows.to(tl.int64)[:, None] * size + head * head_dim + tl.arange(0, head_dim)[None, :]
+        out = output + at
+        queries = tl.load(query + at + rows.to(tl.int64)[:, None] * 2 * size, mask=inside[:, None], other=0.0)
+        key_column = size + head * head_dim
         first = tl.max(tl.where(rows == tl.program_id(0) * block_rows, row_starts, -1), 0)
         last = tl.max(row_ends, 0)
         # One segment after the other: the rows of others compute along, but nothing of theirs is kept.
@@ -314,25 +299,13 @@ if triton is not None:
             whole = first + (end - first) // block_keys * block_keys
             for block in range(first, whole, block_keys):
                 maxima, sums, attended = attend_to_block(
-                    queries,
-                    keys,
-                    values,
-                    stride,
-                    scale,
-                    block,
-                    end,
-                    maxima,
-                    sums,
-                    attended,
-                    False,
-                    block_keys,
-                    head_dim,
+                    qkv, key_column, size, queries, scale, block, end, maxima, sums, attended, False, block_keys
                 )
             if whole < end:
                 maxima, sums, attended = attend_to_block(
-                    queries, keys, values, stride, scale, whole, end, maxima, sums, attended, True, block_keys, head_dim
+                    qkv, key_column, size, queries, scale, whole, end, maxima, sums, attended, True, block_keys
                 )
-            tl.store(output + out, (attended / sums[:, None]).to(queries.dtype), mask=own[:, None])
+            tl.store(out, (attended / sums[:, None]).to(queries.dtype), mask=own[:, None])
             # Never backwards, whatever the bounds hold: a loop without end would hang the GPU.
             first = tl.maximum(end, first + 1)
 
@@ -384,20 +357,19 @@ def tiles_and_options(tile: Tile | None, times: dict[Tile, float], out: torch.Te
 def product_in_order(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     out: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    adds: bool = False,
     tile: Tile | None = None,
 ) -> None:
     """
-    `out = hidden_states @ weight.T + bias`, with `adds` plus what is in `out`, in half precision: sums in float32, over
-    the hidden values in their order, and one rounding. Each row of `out` depends on its own rows only, bit for bit.
+    `out = hidden_states @ weight.T + bias` in half precision: sums in float32, over the hidden values in their order,
+    and one rounding. Each row of `out` depends on its own row of `hidden_states` only, bit for bit.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         weight (`torch.Tensor` of shape `(size, hidden_size)`): Contiguous.
+        bias (`torch.Tensor` of shape `(size,)`, or `None`): Contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Rows of a multiple of 8 values apart.
-        bias (`torch.Tensor` of shape `(size,)`, *optional*): Contiguous.
         tile (`Tile`, *optional*): By default the fastest one.
     """
     tile, programs, options = tiles_and_options(tile, PRODUCT_TILES, out)
@@ -406,7 +378,7 @@ def product_in_order(
     values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
     sizes, has_bias = (len(out), *weight.shape[::-1]), bias is not None
     added = bias if has_bias else weight
-    product_kernel[(programs,)](states, weights, added, values, *sizes, *tile[:4], has_bias, adds, **options)
+    product_kernel[(programs,)](states, weights, added, values, *sizes, *tile[:4], has_bias, **options)
 
 
 def blas_numerics() -> tuple:
@@ -423,41 +395,35 @@ def multiply(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    adds: bool,
     numerics: tuple | None,
 ) -> None:
     """
     As `product_in_order`, by cuBLAS where that gives the same bits, or everywhere.
 
     Args:
-        numerics (`tuple`, *optional*): What `blas_numerics` returns; `None` where bits do not matter.
+        numerics (`tuple`, or `None`): What `blas_numerics` returns; `None` where bits do not matter.
     """
     if numerics is not None:
-        kind = (*hidden_states.shape, len(weight), out.stride(0), bias is not None, adds, out.dtype, out.device)
-        if not blas_keeps_order(*kind, numerics):
-            product_in_order(hidden_states, weight, out, bias, adds)
+        kind = (*hidden_states.shape, len(weight), out.stride(0), bias is not None, out.dtype, out.device)
+        if not blas_keeps_order(kind, numerics):
+            product_in_order(hidden_states, weight, bias, out)
             return
-    if adds:
-        out.addmm_(hidden_states, weight.t())
-    elif bias is None:
+    if bias is None:
         torch.mm(hidden_states, weight.t(), out=out)
     else:
         torch.addmm(bias, hidden_states, weight.t(), out=out)
 
 
 @cache
-def blas_keeps_order(
-    patches: int,
-    hidden_size: int,
-    size: int,
-    stride: int,
-    has_bias: bool,
-    adds: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    numerics: tuple,
-) -> bool:
-    """Whether cuBLAS, as it is set, adds in the order of `product_in_order`, whose bits it then gives at every row."""
+def blas_keeps_order(kind: tuple[int, int, int, int, bool, torch.dtype, torch.device], numerics: tuple) -> bool:
+    """
+    Whether cuBLAS, set as `numerics` say, adds in the order of `product_in_order`, whose bits it gives at every row.
+
+    Args:
+        kind (`tuple`): Patches, hidden values, columns, stride of the output's rows, whether there is a bias; dtype and
+            device.
+    """
+    patches, hidden_size, size, stride, has_bias, dtype, device = kind
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*sizes: int) -> torch.Tensor:
@@ -465,10 +431,9 @@ def blas_keeps_order(
 
     with torch.inference_mode(False), torch.no_grad():
         states, weight = random(patches, hidden_size), random(size, hidden_size) * hidden_size**-0.5
-        bias, theirs = random(size) if has_bias else None, random(patches, stride)
-        ours = theirs.clone()
-        multiply(states, weight, bias, theirs[:, :size], adds, None)
-        product_in_order(states, weight, ours[:, :size], bias, adds)
+        bias, (ours, theirs) = random(size) if has_bias else None, states.new_empty(2, patches, stride)[:, :, :size]
+        multiply(states, weight, bias, theirs, None)
+        product_in_order(states, weight, bias, ours)
         return torch.equal(ours, theirs)
 
 
@@ -483,7 +448,7 @@ def products_compile(dtype: torch.dtype, device: torch.device) -> bool:
             for tile in SWIGLU_TILES:
                 swiglu(rows, rows.new_ones(32, 64), out=rows.new_empty(16, 16), tile=tile)
             for tile in PRODUCT_TILES:
-                product_in_order(rows, rows, out=rows.new_empty(16, 16), tile=tile)
+                product_in_order(rows, rows, None, rows.new_empty(16, 16), tile)
     except Exception as error:  # whatever a compiler raises
         logger.warning("Triton compiles no products here, which are cuBLAS's then: %s", error)
         return False
@@ -561,24 +526,22 @@ def learned_positions(
     learned_positions_kernel[(patches,)](located, indices, weights, table, out, *sizes, not given, num_warps=4, **FUSED)
 
 
-def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, located: torch.Tensor, out: torch.Tensor
-) -> torch.Tensor:
+def segment_attention(qkv: torch.Tensor, located: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """
     Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
     values, as in flash attention. No patch of another segment has a say, NaN or infinite as it may be.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
-            `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
+        qkv (`torch.Tensor` of shape `(patches, 3, heads, head_dim)`): Query, key and value; contiguous. `head_dim` is a
+            power of two of at least 16.
         located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
-        out (`torch.Tensor` of `query`'s shape): Contiguous; what is returned.
+        out (`torch.Tensor` of shape `(patches, heads, head_dim)`): Contiguous; what is returned.
     """
-    patches, heads, head_dim = query.shape
+    patches, heads, head_dim = out.shape
     # exp2 is what the hardware has.
-    scale, (starts, ends) = head_dim**-0.5 * math.log2(math.e), located[:2]
-    sizes = (scale, query.stride(0), patches, head_dim, BLOCK_ROWS, BLOCK_KEYS)
+    scale, blocks = head_dim**-0.5 * math.log2(math.e), (triton.cdiv(patches, BLOCK_ROWS), heads)
+    keys = TensorDescriptor.from_tensor(qkv.view(patches, -1), [BLOCK_KEYS, head_dim])
+    sizes = (patches, heads * head_dim, head_dim, BLOCK_ROWS, BLOCK_KEYS)
     options = {"num_warps": WARPS, "num_stages": STAGES, **FUSED}
-    blocks = (triton.cdiv(patches, BLOCK_ROWS), heads)
-    segment_attention_kernel[blocks](query, key, value, out, starts, ends, *sizes, **options)
+    segment_attention_kernel[blocks](keys, qkv, out, located, scale, *sizes, **options)
     return out

@@ -22,19 +22,17 @@ def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:
     return f"tensordesc<{dtype}[{rows}, {columns}]>"
 
 
-def product_of(tile, dtype: str = "bf16", add_bias: bool = False, add_residual: bool = True) -> dict:
+def product_of(tile, dtype: str = "bf16", has_bias: bool = False) -> dict:
     return {
         "hidden_states": descriptor(tile.rows, tile.hidden, dtype),
         "weight": descriptor(tile.columns, tile.hidden, dtype),
         "bias": f"*{dtype}",
-        "residual": descriptor(tile.rows, tile.columns, dtype),
         "output": descriptor(tile.rows, tile.columns, dtype),
         "patches": "i32",
         "hidden_size": HIDDEN,
         "size": SIZE,
         **block_of(tile),
-        "add_bias": add_bias,
-        "add_residual": add_residual,
+        "has_bias": has_bias,
         "options": {"num_warps": tile.warps, "num_stages": tile.stages},
     }
 
@@ -66,10 +64,10 @@ def norm_of(dtype: str, add: bool) -> dict:
     return {**pointers, "eps": "fp32", "size": HIDDEN, "block": 1024, "add": add}
 
 
-def attention_of(dtype: str, head_dim: int) -> dict:
+def attention_of(head_dim: int) -> dict:
     return {
-        **dict.fromkeys(("query", "keys", "values", "output"), f"*{dtype}"),
-        **{"starts": "*i32", "ends": "*i32", "scale": "fp32", "stride": "i32", "patches": "i32"},
+        "qkv": descriptor(kernels.BLOCK_KEYS, head_dim),
+        **{"query": "*bf16", "output": "*bf16", "located": "*i32", "scale": "fp32", "patches": "i32", "size": HIDDEN},
         **{"head_dim": head_dim, "block_rows": kernels.BLOCK_ROWS, "block_keys": kernels.BLOCK_KEYS},
         "options": {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES},
     }
@@ -95,33 +93,24 @@ def cases() -> dict[str, tuple[str, dict]]:
                 **{"count": 256, "block": 256},
             },
         ),
-        "learned_positions": (
-            "learned_positions_kernel",
-            {
-                **{"located": "*i32", "table": "*bf16", "output": "*bf16", "patches": "i32"},
-                **{"side": 16, "size": HIDDEN, "block": 1024},
-            },
-        ),
-        "weighted_positions": (
-            "weighted_positions_kernel",
-            {
-                **{"indices": "*i64", "weights": "*fp32", "table": "*bf16", "output": "*bf16", "learned": "i32"},
-                **{"taps": 16, "size": HIDDEN, "block": 1024},
-            },
-        ),
     }
     for has_frames in (False, True):
         arguments = {"segments": "*i32", "located": "*i32", "patches": "i32", "has_frames": has_frames, "block": 128}
         found[f"locate_patches_{has_frames}"] = ("locate_patches_kernel", arguments)
+        arguments = {
+            **{"located": "*i32", "indices": "*i64", "weights": "*fp32", "table": "*bf16", "output": "*bf16"},
+            **{"patches": "i32", "side": 16, "size": HIDDEN, "block": 1024, "has_frames": has_frames},
+        }
+        found[f"learned_positions_{has_frames}"] = ("learned_positions_kernel", arguments)
     for dtype in ("fp32", "fp16", "bf16"):
         for add in (False, True):
             found[f"add_rms_norm_{dtype}_{add}"] = ("add_rms_norm_kernel", norm_of(dtype, add))
     for head_dim in (16, 32, 64, 128):
-        found[f"attention_{head_dim}"] = ("segment_attention_kernel", attention_of("bf16", head_dim))
+        found[f"attention_{head_dim}"] = ("segment_attention_kernel", attention_of(head_dim))
     for index, tile in enumerate(kernels.PRODUCT_TILES):
         found[f"product_{index}"] = ("product_kernel", product_of(tile))
     tile = next(iter(kernels.PRODUCT_TILES))
-    found["product_bias"] = ("product_kernel", product_of(tile, "fp16", add_bias=True, add_residual=False))
+    found["product_bias"] = ("product_kernel", product_of(tile, "fp16", has_bias=True))
     for index, tile in enumerate(kernels.SWIGLU_TILES):
         found[f"swiglu_{index}"] = ("swiglu_kernel", swiglu_of(tile))
     return found
