@@ -28,6 +28,7 @@ from .cuda_graphs_aimv2_packing import Graph, Graphs, are_adjacent, lay_side_by_
 from .layout_aimv2_packing import MAX_SEGMENTS_PER_CALL, PackedLayout, with_positions
 from .triton_kernels_aimv2_packing import (
     add_rms_norm,
+    blas_keeps_order,
     blas_numerics,
     learned_positions,
     locate_patches,
@@ -384,11 +385,13 @@ class Engine:
 
     def add_and_norm(self, linear: nn.Linear, states: torch.Tensor, norm: nn.RMSNorm, inputs: Inputs) -> None:
         residual, normed, budget = inputs.buffers.residual, inputs.buffers.normed, inputs.budget
-        # A sum inside the product is the fastest; but cuBLAS's has an order of its own.
-        adds = linear.bias is None and not budget.same_bits
-        if adds:
-            residual.addmm_(states, linear.weight.t())
-        else:
+        # A sum inside the product is the fastest, and rounded as one after it.
+        pieces = {len(some) for some in states.split(PATCHES_PER_PRODUCT)} if budget.same_bits else ()
+        kinds = [((rows, states.shape[1]), self.hidden_size, False, residual, budget.numerics, True) for rows in pieces]
+        adds = linear.bias is None and all(blas_keeps_order(*kind) for kind in kinds)
+        for some, out in zip(*(x.split(PATCHES_PER_PRODUCT) for x in (states, residual)), strict=True) if adds else ():
+            out.addmm_(some, linear.weight.t())
+        if not adds:
             self.multiply(Product(linear.weight, linear.bias, slice(None)), states, normed, budget)
         add_rms_norm(residual, None if adds else normed, norm.weight, norm.eps, out=normed)
 

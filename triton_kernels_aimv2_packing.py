@@ -5,7 +5,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -355,30 +355,26 @@ def tiles_and_options(tile: Tile | None, times: dict[Tile, float], out: torch.Te
 
 
 def product_in_order(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    tile: Tile | None = None,
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, tile: Tile | None = None
 ) -> None:
     """
-    `out = hidden_states @ weight.T + bias` in half precision: sums in float32, over the hidden values in their order,
-    and one rounding. Each row of `out` depends on its own row of `hidden_states` only, bit for bit.
+    `out = states @ weight.T + bias` in half precision: sums in float32, over the hidden values in their order,
+    and one rounding. Each row of `out` depends on its own row of `states` only, bit for bit.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
+        states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         weight (`torch.Tensor` of shape `(size, hidden_size)`): Contiguous.
         bias (`torch.Tensor` of shape `(size,)`, or `None`): Contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Rows of a multiple of 8 values apart.
         tile (`Tile`, *optional*): By default the fastest one.
     """
     tile, programs, options = tiles_and_options(tile, PRODUCT_TILES, out)
-    states = TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden])
+    rows = TensorDescriptor.from_tensor(states, [tile.rows, tile.hidden])
     weights = TensorDescriptor.from_tensor(weight, [tile.columns, tile.hidden])
     values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
     sizes, has_bias = (len(out), *weight.shape[::-1]), bias is not None
     added = bias if has_bias else weight
-    product_kernel[(programs,)](states, weights, added, values, *sizes, *tile[:4], has_bias, **options)
+    product_kernel[(programs,)](rows, weights, added, values, *sizes, *tile[:4], has_bias, **options)
 
 
 def blas_numerics() -> tuple:
@@ -391,11 +387,7 @@ def blas_numerics() -> tuple:
 
 
 def multiply(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    numerics: tuple | None,
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, numerics: tuple | None
 ) -> None:
     """
     As `product_in_order`, by cuBLAS where that gives the same bits, or everywhere.
@@ -403,37 +395,41 @@ def multiply(
     Args:
         numerics (`tuple`, or `None`): What `blas_numerics` returns; `None` where bits do not matter.
     """
-    if numerics is not None:
-        kind = (*hidden_states.shape, len(weight), out.stride(0), bias is not None, out.dtype, out.device)
-        if not blas_keeps_order(kind, numerics):
-            product_in_order(hidden_states, weight, bias, out)
-            return
-    if bias is None:
-        torch.mm(hidden_states, weight.t(), out=out)
+    if numerics is not None and not blas_keeps_order(states.shape, len(weight), bias is not None, out, numerics):
+        product_in_order(states, weight, bias, out)
+    elif bias is None:
+        torch.mm(states, weight.t(), out=out)
     else:
-        torch.addmm(bias, hidden_states, weight.t(), out=out)
+        torch.addmm(bias, states, weight.t(), out=out)
+
+
+def blas_keeps_order(
+    shape: tuple[int, int], size: int, has_bias: bool, out: torch.Tensor, numerics: tuple, adds: bool = False
+) -> bool:
+    """
+    Whether cuBLAS, set as `numerics` say, gives the bits of `product_in_order`, at every row; tried once for each kind.
+
+    Args:
+        shape (`tuple[int, int]`): Patches and hidden values.
+        size (`int`): Columns.
+        has_bias (`bool`): Whether there is a bias.
+        out (`torch.Tensor`): What is written to, or one like it.
+        adds (`bool`): Whether it is added to: the product is rounded, and then the sum.
+    """
+    return kind_keeps_order(*shape, size, has_bias, out.stride(0), out.dtype, out.device, adds, numerics)
 
 
 @cache
-def blas_keeps_order(kind: tuple[int, int, int, int, bool, torch.dtype, torch.device], numerics: tuple) -> bool:
-    """
-    Whether cuBLAS, set as `numerics` say, adds in the order of `product_in_order`, whose bits it gives at every row.
-
-    Args:
-        kind (`tuple`): Patches, hidden values, columns, stride of the output's rows, whether there is a bias; dtype and
-            device.
-    """
-    patches, hidden_size, size, stride, has_bias, dtype, device = kind
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=dtype, device=device)
-
+def kind_keeps_order(patches, hidden_size, size, has_bias, stride, dtype, device, adds, numerics) -> bool:
+    random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
     with torch.inference_mode(False), torch.no_grad():
         states, weight = random(patches, hidden_size), random(size, hidden_size) * hidden_size**-0.5
-        bias, (ours, theirs) = random(size) if has_bias else None, states.new_empty(2, patches, stride)[:, :, :size]
-        multiply(states, weight, bias, theirs, None)
+        bias, before = random(size) if has_bias else None, random(patches, stride)[:, :size]
+        ours, theirs = (torch.empty_strided(before.shape, (stride, 1), dtype=dtype, device=device) for _ in range(2))
         product_in_order(states, weight, bias, ours)
+        if adds:
+            return torch.equal(ours + before, theirs.copy_(before).addmm_(states, weight.t()))
+        multiply(states, weight, bias, theirs, None)
         return torch.equal(ours, theirs)
 
 

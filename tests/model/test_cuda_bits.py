@@ -56,7 +56,7 @@ def test_the_product_is_close_to_float64_and_writes_its_own_values_only(kind, sh
 @pytest.mark.parametrize("keeps_order", [True, False])
 def test_cublas_multiplies_only_where_it_keeps_the_order(monkeypatch, keeps_order):
     calls = []
-    monkeypatch.setattr(kernels, "blas_keeps_order", lambda *kind: keeps_order)
+    monkeypatch.setattr(kernels, "kind_keeps_order", lambda *kind: keeps_order)
     monkeypatch.setattr(kernels, "product_in_order", lambda *args: calls.append(args))
     states, weight, out = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(3, 4)
     kernels.multiply(states, weight, None, out, numerics=("some",))
@@ -137,9 +137,13 @@ def test_products_at_every_padded_size_give_the_bits_of_their_rows():
         weight = torch.randn(size, hidden_size, device="cuda", dtype=torch.bfloat16) * hidden_size**-0.5
         bias = torch.randn(size, device="cuda", dtype=torch.bfloat16) if has_bias else None
         every = states.new_empty(len(states), size)
+        start = torch.randn_like(every)
         kernels.product_in_order(states, weight, bias, every)
         for patches in sizes:
             for rows in (slice(patches), slice(len(states) - patches, None)):
                 out = torch.empty_like(every[rows])
                 kernels.multiply(states[rows], weight, bias, out, numerics)
                 assert torch.equal(out, every[rows])
+                shape = (patches, hidden_size)
+                if not has_bias and kernels.blas_keeps_order(shape, size, False, out, numerics, adds=True):
+                    assert torch.equal(start[rows].clone().addmm_(states[rows], weight.t()), start[rows] + every[rows])

