@@ -2,9 +2,11 @@ VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 CHECKPOINT ?=
 TRANSFORMERS = $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
+# The Hub's files as the package that they become, where the type checker follows their imports of each other.
+PACKAGE = build/types/aimv2_packing
 COMMON_TESTS = build/transformers-$(TRANSFORMERS)/tests
 
-.PHONY: demo test test-common test-torchvision test-matrix style bench
+.PHONY: demo test test-common test-torchvision test-matrix style quality bench
 
 demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
@@ -25,9 +27,15 @@ test-matrix: $(VENV)/installed
 	$(PYTHON) -m tox run
 
 style: $(VENV)/installed
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+quality: $(VENV)/installed
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy .
+	rm -rf $(PACKAGE) && mkdir -p $(PACKAGE)
+	$(PYTHON) -c "from pathlib import Path; from conversion import code_files; code_files.copy_code(Path('$(PACKAGE)'))"
+	$(PYTHON) -m mypy . $(PACKAGE)/*.py
 
 bench: $(VENV)/installed
 	$(PYTHON) benchmarks/throughput.py

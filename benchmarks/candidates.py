@@ -96,16 +96,16 @@ class Candidates:
 
     def packed_forward(self, packed, attn: str, checkpointing: bool = False, ahead: bool = False) -> Forward:
         """With `ahead` the layout lies on the device already, as the peers' images and NaFlex's coordinates do."""
-        layout = {}
+        layout = None
         if ahead:
-            layout = hub_module("layout").resolve_layout(self.grid_thw, {}, packed.config, self.patches)._asdict()
+            layout = hub_module("layout").packed_layout(self.grid_thw, packed.config).to(self.patches.device)
 
         def run():
             packed.config._attn_implementation = attn
             packed.train(checkpointing)
             if checkpointing:
                 packed.gradient_checkpointing_enable({"use_reentrant": False})
-            yield packed(self.patches, self.grid_thw, **layout)
+            yield packed(self.patches, self.grid_thw) if layout is None else packed(self.patches, layout=layout)
 
         return run
 

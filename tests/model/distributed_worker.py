@@ -10,9 +10,12 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from reference import ODD_GRIDS, Aimv2PackingModel, pack, random_images
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -22,7 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 
-STRATEGIES = ("fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config", "tp", "ddp_empty", "ddp_lora")
+STRATEGIES = (
+    *("fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_accelerate", "fsdp_config"),
+    *("tp", "ddp_empty", "ddp_lora"),
+)
 LEARNING_RATE = 0.1
 
 
@@ -80,6 +86,17 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(model)
 
 
+def shard_by_accelerate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """As `accelerate launch --use_fsdp --fsdp_version 2` and Trainer do, which on a CPU would run DDP."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, device=device
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
 def batches_of(strategy: str) -> list[dict[str, torch.Tensor]]:
     """The batch of each rank; under tensor parallelism all work on one."""
     if strategy == "tp":
@@ -102,7 +119,8 @@ def train(
     batches = batches_of(strategy)
     batch = batches[rank % len(batches)]
     state_dict = None
-    by_config, by_torch = strategy in ("fsdp_config", "tp"), strategy in ("fsdp", "fsdp_checkpointing", "fsdp_empty")
+    by_config = strategy in ("fsdp_config", "tp")
+    by_torch = strategy in ("fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_accelerate")
 
     if by_config:
         axis = "tp_size" if strategy == "tp" else "fsdp_size"
@@ -113,7 +131,9 @@ def train(
     model.train()
     if strategy == "fsdp_checkpointing":
         model.gradient_checkpointing_enable()
-    if by_torch:
+    if strategy == "fsdp_accelerate":
+        shard_by_accelerate(model, device)
+    elif by_torch:
         shard(model)
     if strategy == "ddp_lora":
         model = add_lora(model)

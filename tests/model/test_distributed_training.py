@@ -65,7 +65,7 @@ def read(folder: Path) -> tuple[dict, dict, dict]:
     )
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_config"])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_checkpointing", "fsdp_empty", "fsdp_accelerate", "fsdp_config"])
 def test_fully_sharded_step_equals_one_process(strategy: str, repo: Path, trained: Path, device: str) -> None:
     grads, weights, state = read(trained / strategy)
     expected = in_one_process(strategy, Aimv2PackingModel.from_pretrained(repo), device)
