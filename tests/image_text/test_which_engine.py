@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An engine runs wherever people meet the model: through `AutoModel`, for words and pictures, embeddings and a corpus."""
+"""An engine runs wherever people meet the model: by `AutoModel`, for words and pictures, embeddings and a corpus."""
 
 from types import SimpleNamespace
 
