@@ -52,6 +52,9 @@ HALF = (torch.float16, torch.bfloat16)
 # Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list.
 PATCHES_PER_PRODUCT = 16384
 
+# Hidden states of layers that a graph may keep: of so many times the patches of the largest graph.
+STATES_PER_PATCH = 4
+
 
 @dataclass(frozen=True)
 class CudaGraphSettings:
@@ -286,7 +289,8 @@ class Engine:
     def graph_of(self, budget: Budget, settings: CudaGraphSettings, at_once: bool = False) -> Graph | None:
         """The graph of this budget, captured if it came before or `at_once`; `None` where there is to be none."""
         most = settings.max_graph_patches
-        if budget.patches * max(1, len(budget.depths)) > most:
+        # States of layers are memory of a graph's own.
+        if budget.patches > most or budget.patches * len(budget.depths) > STATES_PER_PATCH * most:
             return None
         with self.lock:
             graph = self.graphs.find(budget)

@@ -345,6 +345,15 @@ def test_a_position_outside_the_table_is_nan():
 
 
 @gpu
+@pytest.mark.parametrize(("dtype", "is_native"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_small_models_run_without_and_with_graphs(dtype, is_native):
+    """Every kernel in little time: for compute-sanitizer, docs/kernels.md."""
+    packed = model_of(dtype, num_hidden_layers=1, is_native=is_native)
+    inputs = inputs_of([(1, 1), (9, 13), (3, 3), (16, 16)])
+    assert torch.equal(features(packed, inputs, times=1), features(packed, inputs, times=3))
+
+
+@gpu
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     "grids", [MIXED, [(16, 16)] * 4, [(16, 16)], [(32, 32)] * 3], ids=lambda grids: str(len(grids))
