@@ -208,7 +208,8 @@ class ModelState:
         self.absent = [(itemgetter(name), [own for own in tables if own.get(name, own) is None]) for name in names]
         weights = self.weights()
         self.refusal = self.look_closely(weights)
-        self.device, self.dtype = (weights[0].device, weights[0].dtype) if weights else (torch.device("meta"), None)
+        self.device = weights[0].device if weights else torch.device("meta")
+        self.dtype = weights[0].dtype if weights else None
         self.requires_grad = any(weight.requires_grad for weight in weights)
         self.checks = {torch.is_inference_mode_enabled(): check_of(weights)} if self.refusal is None else {}
         self.engines: dict[str, Any] = {}

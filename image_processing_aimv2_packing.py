@@ -4,7 +4,6 @@
 
 import base64
 import importlib
-import importlib.util
 import ipaddress
 import math
 import os
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -38,6 +37,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.utils import is_torchvision_available
 
 from .batching_aimv2_packing import PackedBatchesMixin
+
+
+if TYPE_CHECKING:
+    # transformers saves a processor with every file that an import names: this one, which `modules.json` names.
+    from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
 
 # A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives
@@ -75,8 +79,16 @@ def image_formats() -> list[str]:
 
 
 @cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that PIL writes in these formats, such as `".jpg"`, in lower case."""
+    # MPO is read as a kind of JPEG.
+    formats = {*image_formats(), "MPO"}
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
+
+
+@cache
 def register_heif() -> None:
-    if importlib.util.find_spec("pillow_heif"):
+    with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
 
 
@@ -544,6 +556,7 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         data = {"hidden_states": hidden_states, "grid_thw": features["image_grid_thw"]}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
+    image_suffixes = staticmethod(image_suffixes)
     open_image = staticmethod(open_image)
 
     def target_size(self, images_kwargs: Mapping[str, Any] | None = None) -> TargetSize:

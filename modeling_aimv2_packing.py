@@ -9,14 +9,16 @@ stays inside a segment. Everything else in the model works on one patch at a tim
 Letters in the comments: N patches of all images together, S segments, D hidden size, H heads, K = D / H head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -168,6 +170,69 @@ def segment_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+# Gradient checkpointing
+
+# Where modules are defined whose forward draws no random number, but by the `nn.Dropout`s below them.
+DETERMINISTIC = {
+    __name__,
+    "torch.nn.modules.linear",
+    "torch.nn.modules.normalization",
+    "torch.nn.modules.module",  # containers
+    "peft.tuners.lora.layer",
+}
+ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
+    """
+    A layer with a `config`, checkpointed without the state of the random generators where nothing may draw from them:
+    to save and restore it once a layer, as `torch.utils.checkpoint` does unless told otherwise, costs more time than
+    to run the layer again.
+    """
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        function: Any = self.__dict__.get("_gradient_checkpointing_func")
+        # Set by transformers, with the arguments of `torch.utils.checkpoint.checkpoint`.
+        keywords = getattr(function, "keywords", {})
+        if (
+            "use_reentrant" not in keywords
+            or "preserve_rng_state" in keywords
+            or torch.compiler.is_compiling()
+            or may_draw_random_numbers(self)
+        ):
+            return function
+        return partial(function, preserve_rng_state=False)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]):
+        self.__dict__["_gradient_checkpointing_func"] = function
+
+
+def may_draw_random_numbers(layer: nn.Module) -> bool:
+    """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
+    config = layer.config
+    if config.attention_dropout or not (
+        config._attn_implementation in ("sdpa", "eager") or is_flash_attention_requested(config)
+    ):
+        return True
+    return not all(map(draws_nothing, layer.modules()))
+
+
+def draws_nothing(module: nn.Module) -> bool:
+    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    if "forward" in module.__dict__ or not all(is_of_torch_distributed(hook) for hook in hooks):
+        return False
+    if type(module) in DROPOUTS:
+        return not module.training or module.p == 0
+    return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
+
+
+def is_of_torch_distributed(hook: Callable[..., Any]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+
+
 # Layers
 
 
@@ -217,11 +282,11 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
-        table = table.to(layout.interp_weights.device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
+        table = table.to(weights[0].device, torch.promote_types(table.dtype, torch.float32))
         matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
         for index, weight in zip(indices, weights, strict=True):
             matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
@@ -259,9 +324,10 @@ class Aimv2PackingMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class Aimv2PackingEncoderLayer(GradientCheckpointingLayer):
+class Aimv2PackingEncoderLayer(Aimv2PackingCheckpointingLayer):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
+        self.config = config
         self.attention = Aimv2PackingAttention(config)
         self.ffn = Aimv2PackingMLP(config)
         self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -1,0 +1,207 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpointing saves the state of the random generators where something draws from them, and only there."""
+
+import functools
+import importlib
+
+import pytest
+import torch
+from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+LAYERS = 2
+
+
+@pytest.fixture
+def states_saved(monkeypatch) -> list[int]:
+    """One entry whenever the state of the CPU's generator is read."""
+    saved, get_rng_state = [], torch.get_rng_state
+
+    def counted():
+        saved.append(1)
+        return get_rng_state()
+
+    monkeypatch.setattr(torch, "get_rng_state", counted)
+    return saved
+
+
+def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    model.train()
+    model(**inputs).last_hidden_state.square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + torch.randn_like(output)
+
+
+def noisy_attention(module, query, *args, **kwargs):
+    output, weights = sdpa_attention_forward(module, query, *args, **kwargs)
+    return output * torch.rand_like(output), weights
+
+
+class NoisySiLU(nn.SiLU):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return add_noise(self, (), super().forward(states))
+
+
+def with_lora(model: nn.Module, **options) -> nn.Module:
+    peft = pytest.importorskip("peft", reason="needs requirements-scale.txt")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "gate_proj"], init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+def every_layer(change):
+    def changed(model: nn.Module) -> nn.Module:
+        for layer in model.encoder.layers:
+            change(layer)
+        return model
+
+    return changed
+
+
+def patch_forward(layer: nn.Module) -> None:
+    forward = layer.ffn.forward
+    layer.ffn.forward = lambda states: add_noise(layer.ffn, (), forward(states))
+
+
+def forget_dropout_in_eval(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train = lambda mode=True, module=module: module
+            module.training = False
+    return model
+
+
+# Configuration, change of the model, and whether random numbers are drawn then.
+CASES = {
+    "plain": ({}, None, False),
+    "every activation of transformers": ({"hidden_act": "gelu_pytorch_tanh"}, None, False),
+    "LoRA": ({}, with_lora, False),
+    "LoRA, its dropout off": (
+        {},
+        lambda model: forget_dropout_in_eval(with_lora(model, lora_dropout=0.5)),
+        False,
+    ),
+    "attention dropout": ({"attention_dropout": 0.5}, None, True),
+    "LoRA with dropout": ({}, functools.partial(with_lora, lora_dropout=0.5), True),
+    "dropout put in": ({}, every_layer(lambda layer: setattr(layer, "rms_norm2", nn.Dropout(0.5))), True),
+    "a module of one's own": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", NoisySiLU())), True),
+    "a module of torch that draws": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", nn.RReLU())), True),
+    "a hook": ({}, every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise)), True),
+    "a forward of one's own": ({}, every_layer(patch_forward), True),
+    "attention of one's own": ({}, lambda model: model.set_attn_implementation("noisy") or model, True),
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_saved, monkeypatch):
+    config, change, draws = CASES[name]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "noisy", noisy_attention)
+    reference = reference_model(torch.float64, num_hidden_layers=LAYERS)
+    inputs = pack(random_images(ODD_GRIDS))
+
+    def changed() -> nn.Module:
+        torch.manual_seed(3)
+        model = packing_model(reference, plain=True, **config)
+        return change(model) if change else model
+
+    expected = gradients(changed(), inputs)
+    model = changed()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    states_saved.clear()
+    ours = gradients(model, inputs)
+    # Once before a layer, and where there is something to put back, once more before that.
+    assert len(states_saved) == (LAYERS * 2 if draws else 0)
+    assert ours.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("preserve", [True, False])
+def test_what_the_caller_asks_for_wins(preserve, dropout, states_saved):
+    packed = packing_model(reference_model(), attention_dropout=dropout)
+    packed.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": preserve})
+    gradients(packed, pack(random_images(ODD_GRIDS)))
+    assert bool(states_saved) is preserve
+
+
+def test_a_checkpointing_function_of_ones_own_is_called_with_what_it_knows():
+    packed = packing_model(reference_model()).train()
+    calls = []
+
+    def checkpoint(function, *args):
+        calls.append(args)
+        return function(*args)
+
+    for layer in packed.encoder.layers:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpoint
+    packed(**pack(random_images(ODD_GRIDS)))
+    assert len(calls) == len(packed.encoder.layers)
+
+
+def test_compiled_layers_can_be_checkpointed():
+    torch._dynamo.reset()
+    reference, inputs = reference_model(torch.float64), pack(random_images([(3, 4)] * 2))
+    expected = gradients(packing_model(reference), inputs)
+    packed = packing_model(reference)
+    packed.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in packed.encoder.layers:
+        layer.compile(backend="aot_eager")
+    ours = gradients(packed, inputs)
+    for parameter, gradient in expected.items():
+        assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
+
+
+def test_the_tower_of_a_vision_language_model_under_trainer(tmp_path, monkeypatch):
+    """Trained weights are those without checkpointing; the tower recomputes, and no state of it is saved."""
+    pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    example = importlib.import_module("vision_language_model")
+    vision = packing_model(reference_model())
+    AutoConfig.register("aimv2_packing", type(vision.config), exist_ok=True)
+    AutoModel.register(type(vision.config), type(vision), exist_ok=True)
+    text = {"vocab_size": example.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": example.PAD_TOKEN}
+    config = example.VisionLanguageConfig(vision_config=vision.config, text_config=example.Qwen2Config(**text))
+    grids = [(3, 4), (5, 2)]
+    batch = {**pack(random_images(grids)), **example.batch_of_text(["a", "bc"], [12, 10])}
+
+    # Since transformers 5.23, and before.
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+
+    def trained(checkpointing: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = example.VisionLanguageModel(config)
+        calls, layer = [], model.vision.encoder.layers[0]
+        layer.ffn.register_forward_pre_hook(lambda *_: calls.append(1))
+        others = model.vision.encoder.layers[1:]
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=2,
+            **{name: checkpointing},
+            per_device_train_batch_size=1,
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+        )
+        Trainer(model, arguments, train_dataset=[batch], data_collator=lambda examples: examples[0]).train()
+        assert len(calls) == (4 if checkpointing else 2), "each layer runs once more in the backward pass"
+        for other in others if checkpointing else ():
+            assert other._gradient_checkpointing_func.keywords["preserve_rng_state"] is False
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    expected, ours = trained(False), trained(True)
+    for parameter, value in expected.items():
+        assert (ours[parameter] - value).abs().max() <= 1e-6 * value.abs().max(), parameter
