@@ -28,7 +28,7 @@ from .cpu_engine_aimv2_packing import refusal as cpu_refusal
 from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
 from .layout_aimv2_packing import PackedLayout
-from .modeling_aimv2_packing import Aimv2PackingModel
+from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +76,12 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
     engine_refusal: str | None = None
 
     def encode(
-        self, hidden_states: torch.Tensor, layout: PackedLayout, depths: Sequence[int] = (), last: bool = True
+        self,
+        hidden_states: torch.Tensor,
+        layout: PackedLayout,
+        depths: Sequence[int] = (),
+        last: bool = True,
+        attentions: list | None = None,
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         name = hidden_states.device.type
         state, refusal = None, refusal_of_call(self, hidden_states, layout)
@@ -87,9 +92,10 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
             refusal = ENGINES[name].refusal(self, hidden_states, layout, state)
         self._report(None if refusal else name, refusal)
         if refusal is not None:
-            return super().encode(hidden_states, layout, depths, last)
-        # A hook that makes the embeddings require gradients is of no use to a tower that has nothing to train.
-        with torch.no_grad():
+            return super().encode(hidden_states, layout, depths, last, attentions)
+        # A hook that makes the embeddings require gradients is of no use to a tower that has nothing to train, and
+        # autocast to the dtype of the weights changes nothing.
+        with torch.no_grad(), torch.autocast(name, enabled=False):
             return ENGINES[name].encode(self, hidden_states, layout, state, tuple(depths), last)
 
     def _report(self, engine: str | None, refusal: str | None) -> None:
@@ -97,6 +103,12 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
             self.last_engine, self.engine_refusal = engine, refusal
             if refusal is not None and not torch.compiler.is_compiling():
                 logger.debug(f"no engine ran: {refusal}")
+
+
+class Aimv2PackingAcceleratedForImageClassification(Aimv2PackingForImageClassification):
+    """[`Aimv2PackingForImageClassification`], its tower an [`Aimv2PackingAcceleratedModel`]."""
+
+    tower_class = Aimv2PackingAcceleratedModel
 
 
 # The call
@@ -120,14 +132,13 @@ def refusal_of_call(model: nn.Module, hidden_states: torch.Tensor, layout: Packe
     if type(hidden_states) is not torch.Tensor and type(hidden_states) is not nn.Parameter:
         return f"`hidden_states` is a {type(hidden_states).__name__}"
     try:
-        return watching_mode(model, hidden_states)
+        return watching_mode(hidden_states)
     except AttributeError as error:
         return f"this torch lacks a name ({error})"
 
 
-def watching_mode(model: nn.Module, hidden_states: torch.Tensor) -> str | None:
+def watching_mode(hidden_states: torch.Tensor) -> str | None:
     """What sees or changes each operation or module call, if anything does."""
-    device = hidden_states.device.type
     if torch.jit.is_tracing():
         return "the model is being traced"
     if torch._C._len_torch_dispatch_stack() or hidden_states.is_meta:
@@ -143,8 +154,6 @@ def watching_mode(model: nn.Module, hidden_states: torch.Tensor) -> str | None:
         return "a function mode is on"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there is a global forward hook"
-    if torch.is_autocast_enabled(device):
-        return "autocast is on"
     if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in FUNCTIONS):
         return "a function of torch.nn.functional has been replaced"
     if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:
@@ -200,6 +209,7 @@ class ModelState:
         weights = self.weights()
         self.refusal = self.look_closely(weights)
         self.device = weights[0].device if weights else torch.device("meta")
+        self.dtype = weights[0].dtype if weights else None
         self.requires_grad = any(weight.requires_grad for weight in weights)
         self.checks = {torch.is_inference_mode_enabled(): check_of(weights)} if self.refusal is None else {}
         self.engines: dict[str, Any] = {}
@@ -326,6 +336,9 @@ def refusal_of_modules(model: nn.Module, hidden_states: torch.Tensor, state: Mod
         return "accelerate moves weights or inputs"
     if state.device != hidden_states.device:
         return f"the weights are on {state.device}, the patches on {hidden_states.device}"
+    device = state.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != state.dtype:
+        return "autocast is on"
     if torch.is_grad_enabled() and (hidden_states.requires_grad or state.requires_grad):
         return "gradients are enabled"
     if model.config.attention_dropout and any(module.training for module in state.below):
@@ -333,4 +346,4 @@ def refusal_of_modules(model: nn.Module, hidden_states: torch.Tensor, state: Mod
     return None
 
 
-__all__ = ["Aimv2PackingAcceleratedModel"]
+__all__ = ["Aimv2PackingAcceleratedForImageClassification", "Aimv2PackingAcceleratedModel"]

@@ -11,7 +11,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from transformers.activations import ACT2FN
+from transformers.utils.versions import require_version
 
+
+# Before what would fail without a word of the version.
+require_version("transformers>=5.15", "To update: pip install --upgrade transformers")
 
 # In values: torch counts bytes in 64 bits.
 MAX_WEIGHT_SIZE = torch.iinfo(torch.int64).max // torch.float64.itemsize

@@ -11,7 +11,6 @@ Converts an AIMv2 checkpoint of any checkpoint format into a packed model repo, 
 
 import argparse
 import errno
-import os
 import sys
 from pathlib import Path
 
@@ -22,42 +21,37 @@ try:
     from huggingface_hub.utils import httpx
 
     from conversion.checkpoint_formats import Encoder
-    from conversion.code_files import CODE_FILES, code_differences
-    from conversion.hub_files import download_files, local_path
+    from conversion.hub_files import download_files, hub_file_names, local_path
     from conversion.hub_upload import push_to_hub
+    from conversion.messages import next_step, printable, printable_lines, without_credentials
     from conversion.model_card import describe, summary
-    from conversion.model_repo import convert, holds_conversion, is_converted
+    from conversion.model_repo import convert, difference_from
+    from conversion.repo_contents import repo_differences
+    from conversion.repo_kinds import is_converted, repo_kind, why_not_converted
     from conversion.sources import read_source
     from conversion.verification import Report, verify
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {Path(__file__).resolve().parent}/requirements.txt")
 
 
-NEXT_STEPS = {
-    errno.EACCES: "Ask for the right to it, or choose another place.",
-    errno.EPERM: "Ask for the right to it, or choose another place.",
-    errno.EROFS: "Choose another place.",
-    errno.ENOSPC: "Free some space, or choose another disk; HF_HOME says where downloads go.",
-    errno.EDQUOT: "Free some space, or choose another disk; HF_HOME says where downloads go.",
-}
 DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 
 def print_report(report: Report) -> None:
     print(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
     print(report.tables())
-    print(f"\nBounds: max diff {report.max_diff_bound:.1e}, min cosine {report.min_cosine_bound}.")
+    print(f"\n{report.thresholds()}\n")
     if report.identical_weights is not None:
         print(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
-    print_code(report.code_differences)
+    print_code(report.code_differences, report.code_files)
     for note in report.notes:
         print(f"Note: {note}.")
     print(f"Verdict: {'passed' if report.passed else 'FAILED'}.\n")
 
 
-def print_code(differences: list[str]) -> None:
+def print_code(differences: list[str], files: int) -> None:
     if not differences:
-        print(f"Code: equal to this tree's, file by file ({len(CODE_FILES)} files).")
+        print(f"Code: equal to this tree's, file by file ({files} files).")
         return
     print("Code: NOT this tree's, and with trust_remote_code it would run:")
     for difference in differences:
@@ -66,11 +60,21 @@ def print_code(differences: list[str]) -> None:
 
 def verify_code(source: str, revision: str | None) -> None:
     """Compares the code of a converted repo with this tree's; neither runs it nor downloads weights."""
-    folder = local_path(source, revision) or download_files(source, revision, ["*.json", "*.py"])
+    folder, commit, names = local_path(source, revision), None, None
+    if folder is None:
+        folder = download_files(source, revision, ["*.json", "*.py"])
+        commit = folder.name
+        names = hub_file_names(source, commit)
+        if names is None:
+            print("The Hub is out of reach: what an earlier download holds is compared.")
     if not folder.is_dir():
         raise ValueError(f"{source} is no folder of a converted repo.")
-    differences = code_differences(folder)
-    print_code(differences)
+    if reason := why_not_converted(folder):
+        raise ValueError(f"{source} is not converted: {reason}.")
+    differences = repo_differences(folder, names)
+    print_code(differences, len(repo_kind(folder).code_files))
+    if commit:
+        print(f"Compared: commit {commit}. It is the one to pin: revision={commit!r}.")
     if differences:
         raise ValueError(f"The code of {source} is not this tree's: do not trust it before you have read it.")
 
@@ -114,6 +118,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
     group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
     group.add_argument(
+        "--plain", action="store_true", help="write the plain model alone, without engines: fewer files to read"
+    )
+    group.add_argument(
         "--overwrite", action="store_true", help="replace an earlier conversion, once this one is complete"
     )
     group = parser.add_argument_group("verifying")
@@ -131,15 +138,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the converted repo in one commit")
     group.add_argument("--private", action="store_true", help="make the repo private")
     group.add_argument("--hub-revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    group.add_argument(
+        "--overwrite-card", action="store_true", help="replace a card and a licence that this tool did not write"
+    )
     options = parser.parse_args(arguments)
-    for needed, names in (("verify", ("reference", "images", "report")), ("push_to_hub", ("private", "hub_revision"))):
+    for needed, names in (
+        ("verify", ("reference", "images", "report")),
+        ("push_to_hub", ("private", "hub_revision", "overwrite_card")),
+    ):
         for name in names:
             if getattr(options, name) and not getattr(options, needed):
                 parser.error(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
     if options.verify_code and (options.output_dir or options.verify or options.push_to_hub):
         parser.error("--verify-code takes a converted SOURCE, and goes with no other action")
-    if options.vision_only and options.output_dir is None:
-        parser.error("--vision-only is for converting: give OUTPUT_DIR")
+    for name in ("vision_only", "plain"):
+        if getattr(options, name) and options.output_dir is None:
+            parser.error(f"--{name.replace('_', '-')} is for converting: give OUTPUT_DIR")
     if options.output_dir is None and not (options.verify or options.verify_code or options.push_to_hub):
         parser.error("give OUTPUT_DIR to convert, or --verify or --push-to-hub for a SOURCE that is converted already")
     return options
@@ -161,10 +175,11 @@ def run(options: argparse.Namespace) -> None:
     # A conversion whose upload was cut off is there already when the same command runs again.
     continued = output is not None and options.push_to_hub and not options.overwrite and is_converted(output)
     if output is not None and continued:
-        if not holds_conversion(output, source, dtype):
+        if difference := difference_from(output, source, dtype, options.plain):
             raise FileExistsError(
-                f"{output} exists and is another conversion. Choose another folder, replace it with --overwrite, or "
-                f"upload it as it is: python convert_weights.py {output} --push-to-hub {options.push_to_hub}"
+                f"{output} exists and is another conversion: it {difference}. Choose another folder, replace it with "
+                f"--overwrite, or upload it as it is: python convert_weights.py {output} --push-to-hub "
+                f"{options.push_to_hub}"
             )
         print(f"{output} already holds this conversion of {source.name}.")
 
@@ -182,6 +197,8 @@ def run(options: argparse.Namespace) -> None:
         print_report(report)
         if options.report:
             options.report.write_text(report.to_json())
+        if report.code_differences:
+            raise ValueError(f"The code of {report.model} is not this tree's.")
         if not report.passed:
             raise ValueError(f"{report.model} differs from {report.reference}.")
         return report
@@ -190,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
     if output is not None and not continued:
         verifier = check if options.verify else None
         model_id = options.push_to_hub or output.resolve().name
-        convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier)
+        convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier, options.plain)
         found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
         if dropped := source.model.dropped:
@@ -198,24 +215,29 @@ def run(options: argparse.Namespace) -> None:
     elif options.verify:
         check(folder)
     if options.push_to_hub:
-        print(f"Uploaded to {push_to_hub(folder, options.push_to_hub, options.private, options.hub_revision)}")
+        url = push_to_hub(
+            folder, options.push_to_hub, options.private, options.hub_revision, overwrite_card=options.overwrite_card
+        )
+        print(f"Uploaded to {url}")
 
 
 def main() -> int:
     try:
         run(parse_arguments())
-    except (ValueError, OSError, httpx.TransportError) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+    except (ValueError, OSError, RecursionError, httpx.TransportError) as error:
+        print(f"error: {printable_lines(without_credentials(explain(error)))}", file=sys.stderr)
         return 1
     return 0
 
 
 def explain(error: Exception) -> str:
     """The error in words, and what to do where the system only gave a number."""
-    if not isinstance(error, OSError) or error.errno not in NEXT_STEPS:
+    step = next_step(error)
+    if not isinstance(error, OSError) or step is None:
         return str(error)
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{os.strerror(error.errno)}. {NEXT_STEPS[error.errno]}"
+    where = f"{printable(error.filename)}: " if error.filename else ""
+    downloads = "; HF_HOME says where downloads go" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where}{error.strerror}. {step[0].upper()}{step[1:]}{downloads}."
 
 
 if __name__ == "__main__":

@@ -146,9 +146,9 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
-        hidden_states: torch.Tensor,
-        grid_thw: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> Aimv2Output:
@@ -167,6 +167,11 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         Raises:
             ValueError: the arguments have the wrong shape or dtype, or do not agree.
         """
+        if input_ids is None or hidden_states is None:
+            raise ValueError(
+                "`forward` compares images with texts: it needs `input_ids`, and `hidden_states` with `grid_thw`. For "
+                "one of them alone there are `get_image_features` and `get_text_features`."
+            )
         text_mask = self._text_mask(input_ids, attention_mask)
         vision_outputs = self.vision_model(hidden_states, grid_thw, return_dict=True, **kwargs)
         text_outputs = self.text_model(input_ids, text_mask, return_dict=True, **kwargs)

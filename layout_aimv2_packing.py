@@ -8,7 +8,7 @@ Names and order of values are those of transformers' `vision_utils`, so that wha
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -78,9 +78,9 @@ class PackedLayout:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields that are tensors, by name."""
-        return {
-            field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
+        # By their names: a look at `runs` would bind a compiled program to them.
+        values = {name: getattr(self, name) for name in ("cu_seqlens", "frame_sizes", *POSITIONS)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
         """The layout with its tensors on a device; itself where they are there."""
@@ -207,6 +207,12 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
     )
 
 
+@torch.compiler.disable
+def whole_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches: int) -> PackedLayout:
+    """[`packed_layout`] and [`with_positions`], so that a compiled forward breaks once."""
+    return with_positions(packed_layout(grid_thw, config, num_patches), config)
+
+
 def is_traced() -> bool:
     """Whether a program is recorded that will run on other batches: by `torch.export`, ONNX or `torch.jit.trace`."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
@@ -237,7 +243,7 @@ def resolve_layout(
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
     if "cu_seqlens" in given and positions.keys() >= needed:
         return PackedLayout(**segments_from(given, num_patches), **positions)
-    layout = packed_layout(grid_thw, config, num_patches)
+    layout = (whole_layout if torch.compiler.is_compiling() else packed_layout)(grid_thw, config, num_patches)
     if positions:
         layout = replace(layout, frame_sizes=None, num_positions=None, **positions)
     if "cu_seqlens" in given:
@@ -300,7 +306,7 @@ def zero_if_of_one_length(cu_seqlens: torch.Tensor, num_patches: int) -> torch.T
 def segment_ids(cu_seqlens: torch.Tensor, num_patches: int) -> torch.Tensor:
     """The segment of each patch, int64 of shape `(num_patches,)`, by operations that every exporter has."""
     patches = torch.arange(num_patches, device=cu_seqlens.device)
-    return (patches.unsqueeze(1) >= cu_seqlens[1:].unsqueeze(0)).sum(1)
+    return (patches.unsqueeze(1) >= cu_seqlens).sum(1) - 1
 
 
 def mean_over_segments(features: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -372,8 +378,11 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`pixel_values` is for `Aimv2VisionModel`: give packed patches, `hidden_states` and `grid_thw`, which the "
             "image processor of this repo returns (`AutoProcessor.from_pretrained`)."
         )
-    if kwargs.get("output_attentions") or config.output_attentions:
-        raise ValueError("`output_attentions` is not supported: the maps of a packed batch have no one shape.")
+    if (kwargs.get("output_attentions") or config.output_attentions) and config._attn_implementation != "eager":
+        raise ValueError(
+            "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
+            f"{config._attn_implementation!r}."
+        )
     known = {*VISION_UTILS_NAMES, *TransformersKwargs.__annotations__, "use_cache"}
     for name in (name for name, value in kwargs.items() if value is not None and name not in known):
         hint = " Its name here is `grid_thw`." if name.endswith("_grid_thw") else ""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_initialized: Sequence[str]) -> None:
+def refuse_random_weights(
+    cls: type, source: str | None, info: dict[str, Any], newly_initialized: Sequence[str]
+) -> None:
     """
     Raises:
         ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
@@ -24,6 +26,7 @@ def refuse_random_weights(cls: type, source: str, info: dict[str, Any], newly_in
         else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
     )
     raise ValueError(
-        f"{source} is no checkpoint of {cls.__name__} with this configuration: it lacks {len(missing)} weights, "
+        f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
+        f"{len(missing)} weights, "
         f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
     )

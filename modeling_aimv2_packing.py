@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
@@ -90,6 +90,7 @@ def segment_attention(
     value: torch.Tensor,
     layout: PackedLayout,
     one_query: bool = False,
+    maps: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Attention inside each segment, by the kernel that `config._attn_implementation` names.
@@ -100,6 +101,7 @@ def segment_attention(
         key, value (`torch.Tensor` of shape `(total_patches, num_heads, head_dim)`): Packed like the patches.
         layout (`PackedLayout`): Where the segments are.
         one_query (`bool`): Whether each segment has one query rather than one per patch.
+        maps (`list`, *optional*): Gets each segment's attention weights `(num_heads, length, length)`, with `eager`.
 
     Returns:
         `torch.Tensor` of `query`'s shape.
@@ -160,8 +162,10 @@ def segment_attention(
         runs, query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True
     ):
         queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
-        output, _ = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
+        output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         outputs.append(output.flatten(0, 1))
+        if maps is not None:
+            maps += weights.unbind(0)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -214,12 +218,11 @@ class Aimv2PackingEmbeddings(nn.Module):
         return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
-        device = layout.cu_seqlens.device
-        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=device))
-        table = table.to(device, torch.promote_types(table.dtype, torch.float32))
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second
         # derivative. Tap by tap, so that the order of sums where taps coincide is the same on every device.
         indices, weights = torch.split(layout.interp_indices, 1, dim=1), torch.split(layout.interp_weights, 1, dim=1)
+        table = self.position_embedding(torch.arange(self.num_grid_per_side**2, device=layout.cu_seqlens.device))
+        table = table.to(weights[0].device, torch.promote_types(table.dtype, torch.float32))
         matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
         for index, weight in zip(indices, weights, strict=True):
             matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
@@ -237,12 +240,12 @@ class Aimv2PackingAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
 
-    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout, maps: list | None = None) -> torch.Tensor:
         # (N, D) -> (N, H, K). -1, not the number of heads: under tensor parallelism a rank holds a part of them.
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        return self.out_proj(segment_attention(self, query, key, value, layout).flatten(1))
+        return self.out_proj(segment_attention(self, query, key, value, layout, maps=maps).flatten(1))
 
 
 class Aimv2PackingMLP(nn.Module):
@@ -266,8 +269,8 @@ class Aimv2PackingEncoderLayer(Aimv2PackingCheckpointingLayer):
         self.rms_norm1 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.rms_norm1(hidden_states), layout)
+    def forward(self, hidden_states: torch.Tensor, layout: PackedLayout, maps: list | None = None) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.rms_norm1(hidden_states), layout, maps)
         return hidden_states + self.ffn(self.rms_norm2(hidden_states))
 
 
@@ -278,14 +281,25 @@ class Aimv2PackingEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: torch.Tensor, layout: PackedLayout, depths: Sequence[int] = (), last: bool = True
+        self,
+        hidden_states: torch.Tensor,
+        layout: PackedLayout,
+        depths: Sequence[int] = (),
+        last: bool = True,
+        attentions: list | None = None,
     ) -> BaseModelOutput:
-        """All layers, or without `last` as many as the largest of `depths`, whose states are the `hidden_states`."""
+        """
+        All layers, or without `last` as many as the largest of `depths`, whose states are the `hidden_states`.
+        `attentions` gets each layer's list of maps.
+        """
         states = [hidden_states] if 0 in depths else []
         for depth, layer in enumerate(self.layers, start=1):
             if not last and depth > max(depths):
                 break
-            hidden_states = layer(hidden_states, layout)
+            maps: list[torch.Tensor] | None = None if attentions is None else []
+            hidden_states = layer(hidden_states, layout, maps)
+            if attentions is not None:
+                attentions.append(maps)
             if depth in depths:
                 states.append(hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=tuple(states))
@@ -388,7 +402,12 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def encode(
-        self, hidden_states: torch.Tensor, layout: PackedLayout, depths: Sequence[int] = (), last: bool = True
+        self,
+        hidden_states: torch.Tensor,
+        layout: PackedLayout,
+        depths: Sequence[int] = (),
+        last: bool = True,
+        attentions: list | None = None,
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """
         The layers, from patches to the final norm.
@@ -398,6 +417,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             layout (`PackedLayout`): How they divide.
             depths (sequence of `int`, rising): After how many blocks states are wanted; 0 are the embeddings.
             last (`bool`): Whether the features after the final norm are wanted.
+            attentions (`list`, *optional*): Gets each layer's attention weights, one tensor per segment.
 
         Returns:
             The states of `depths`, before the final norm, and the features or `None`; each `(total_patches,
@@ -405,7 +425,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         """
         layout = with_positions(layout.to(hidden_states.device, non_blocking=True), self.config)
         embedded = self.embeddings(hidden_states, layout)
-        output = self.encoder(embedded, layout, depths, last)
+        output = self.encoder(embedded, layout, depths, last, attentions)
         return output.hidden_states, self.rms_norm(output.last_hidden_state) if last else None
 
     def _prepare(self, hidden_states, grid_thw, layout, kwargs: dict[str, Any]) -> tuple[torch.Tensor, PackedLayout]:
@@ -476,8 +496,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             ValueError: there is no such block, or the arguments of `forward` do not agree.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(num_blocks - n, num_blocks)) if isinstance(n, int) else list(n)
-        if (isinstance(n, int) and n < 1) or not all(-num_blocks <= block < num_blocks for block in blocks):
+        blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
+        if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )
@@ -511,6 +531,9 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             cu_seqlens, max_seqlen, position_ids, interp_indices, interp_weights (*optional*):
                 Computed before by transformers' `vision_utils`, instead of `layout`. `grid_thw` is read for what they
                 leave out. Segments of one's own and any subset of an image's patches are given so.
+            output_attentions (`bool`, *optional*):
+                With `attn_implementation="eager"`, whether to return per layer a list of each segment's attention
+                weights `(num_heads, length, length)`.
             output_hidden_states (`bool`, or `int` or list of `int`, *optional*):
                 Whether to return the input of the encoder and the output of each layer, `(total_patches,
                 hidden_size)` each, before the final norm; or which of them, the others being `None`.
@@ -529,13 +552,15 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
         chosen = kwargs.get("output_hidden_states")
         depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
-        states, last_hidden_state = self.encode(hidden_states, layout, depths)
+        maps: list | None = [] if kwargs.get("output_attentions") or self.config.output_attentions else None
+        states, last_hidden_state = self.encode(hidden_states, layout, depths, attentions=maps)
         pooled = self.head(last_hidden_state, layout.to(hidden_states.device)) if self.config.use_head else None
         by_depth = dict(zip(depths, states, strict=True))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             hidden_states=tuple(map(by_depth.get, range(len(self.encoder.layers) + 1))) if depths else None,
+            attentions=None if maps is None else tuple(map(list, maps)),
         )
 
     def _depths(self, chosen: bool | int | Sequence[int] | None) -> list[int]:
@@ -547,4 +572,58 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         return sorted({index % count for index in indices if -count <= index < count})
 
 
-__all__ = ["Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]
+class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
+    """
+    [`Aimv2PackingModel`] and a linear classifier of the vector that `get_image_features` gives per image. The
+    classifier may be new; `config.num_labels`, `id2label` and `label2id` are its classes.
+    """
+
+    tower_class = Aimv2PackingModel
+    _auto_class = "AutoModelForImageClassification"
+
+    def __init__(self, config: Aimv2PackingConfig):
+        super().__init__(config)
+        self.vision_model = self.tower_class._from_config(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`]; of the weights only the classifier's may be random.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the encoder, or has them in another shape.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=["classifier"])
+        return (model, info) if output_loading_info else model
+
+    @can_return_tuple
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            hidden_states, grid_thw, kwargs: As for [`~Aimv2PackingModel.forward`].
+            labels (`torch.Tensor` of integers of shape `(num_images,)`, *optional*): For the loss.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`]: `logits` of shape `(num_segments, num_labels)`,
+            and `loss` where labels were given.
+        """
+        outputs = self.vision_model.get_image_features(hidden_states, grid_thw, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["Aimv2PackingForImageClassification", "Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]

@@ -19,6 +19,10 @@ class Aimv2PackingProcessor(ProcessorMixin):
     def __init__(self, image_processor, tokenizer):
         super().__init__(image_processor, tokenizer)
 
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        # Images are read by the image processor, with its own arguments, such as `allow_urls`.
+        return images, *super().prepare_inputs_layout(None, text, **kwargs)[1:]
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """

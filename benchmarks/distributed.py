@@ -46,7 +46,7 @@ from conversion.local_code import local_class
 sys.path[1:1] = [str(REPO / "tests"), str(REPO / "tests" / "model")]
 
 from distributed_worker import batches_of, join, shard, train, train_in_one_process  # noqa: E402
-from reference import Aimv2PackingConfig, Aimv2PackingModel, random_weights  # noqa: E402
+from reference import Aimv2PackingAcceleratedModel, Aimv2PackingConfig, random_weights  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 
@@ -74,7 +74,7 @@ def make_model(
     )
     torch.manual_seed(0)
     with device:
-        return random_weights(Aimv2PackingModel(config)).to(dtype)
+        return random_weights(Aimv2PackingAcceleratedModel(config)).to(dtype)
 
 
 def empty_cache() -> None:
@@ -116,7 +116,7 @@ def correctness(dtype: torch.dtype, device: torch.device, args: argparse.Namespa
     """Gradients and trained weights of a step, against those of one process in `dtype` and in float64."""
 
     def in_one_process(strategy: str, folder: str, dtype: torch.dtype) -> tuple[dict, dict]:
-        model = Aimv2PackingModel.from_pretrained(folder, dtype=dtype).to(device)
+        model = Aimv2PackingAcceleratedModel.from_pretrained(folder, dtype=dtype).to(device)
         return train_in_one_process(model, batches_of(strategy))
 
     def compare(strategy: str, folder: str) -> dict:
@@ -236,7 +236,9 @@ def tensor_parallel(geometry: tuple[int, int, int], device: torch.device, args: 
         one = on_first(in_one_process)
         empty_cache()
         config = DistributedConfig(tp_size=dist.get_world_size())
-        model = Aimv2PackingModel.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=config).eval()
+        model = Aimv2PackingAcceleratedModel.from_pretrained(
+            folder, dtype=torch.bfloat16, distributed_config=config
+        ).eval()
         dist.barrier()
     many, features = measure(model, together=True)
     if one is None:

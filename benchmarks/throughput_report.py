@@ -57,7 +57,8 @@ def plot(results: dict, path: Path) -> None:
         bars.set_xticks([position + 0.34 for position in range(len(names))], names, rotation=20, fontsize=8)
         bars.set_ylabel("times as fast as")
         bars.set_title(f"{packed}, {run['dtype']}", fontsize=10)
-        bars.legend(fontsize=8)
+        if bars.get_legend_handles_labels()[0]:
+            bars.legend(fontsize=8)
         if run["growth"]:
             patches = [row["patches"] for row in run["growth"]]
             growth.plot(patches, [row["seconds_per_patch"] * 1e6 for row in run["growth"]], "o-")

@@ -13,6 +13,7 @@ it is done.
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -25,7 +26,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from candidates import Candidates, step
 from throughput import settings
@@ -94,29 +94,25 @@ def products_and_attention(model: nn.Module, grids: list[Grid], device: str) -> 
     states = {size: torch.randn(total, size, **like) for size in sizes}
     outputs = {size: torch.empty(total, size, **like) for size in sizes}
     layout = hub_module("layout").packed_layout(torch.tensor([(1, *grid) for grid in grids]), config).to(device)
-    query, key, value = (
-        torch.randn(total, heads, sizes[0] // heads, requires_grad=True, **like) for _ in range(3)
-    )
+    query, key, value = (torch.randn(total, heads, sizes[0] // heads, requires_grad=True, **like) for _ in range(3))
     gradient = torch.randn_like(query)
-    layers = [[each.weight for each in layer.modules() if isinstance(each, nn.Linear)] for layer in model.encoder.layers]
+    layers = [
+        [each.weight for each in layer.modules() if isinstance(each, nn.Linear)] for layer in model.encoder.layers
+    ]
     weight_gradients = {weight.shape: torch.empty_like(weight) for weight in layers[0]}
+
+    segment_attention = hub_module("modeling").segment_attention
 
     def run() -> None:
         for weights in layers:
             for weight in weights:
                 torch.mm(states[weight.shape[1]], weight.T, out=outputs[weight.shape[0]])
-            attended = hub_module("modeling").segment_attention(model.encoder.layers[0].attention, query, key, value, layout)
+            attended = segment_attention(model.encoder.layers[0].attention, query, key, value, layout)
             torch.autograd.grad(attended, (query, key, value), gradient)
             for weight in weights:
                 torch.mm(states[weight.shape[0]], weight, out=outputs[weight.shape[1]])
                 torch.mm(states[weight.shape[0]].T, states[weight.shape[1]], out=weight_gradients[weight.shape])
 
-    def without_gradients() -> None:
-        for layer in layers:
-            for index, weight in enumerate(layer):
-                layer[index] = weight.detach()
-
-    without_gradients()
     if not device.startswith("cuda"):
         return run
     stream = torch.cuda.Stream()
@@ -141,7 +137,7 @@ def measure(
     chosen = settings(device=args.device, train=True, peers=peers, best=args.best, attn=[], max_padding=4)
     candidates = Candidates(Models(reference, models["plain"]), grids, chosen)
     runs = {way: packed_step(model, candidates.patches, candidates.grid_thw) for way, model in models.items()}
-    runs |= {peer: step(forward, train=True) for peer, forward in candidates.forwards.items() if "graph" not in peer}
+    runs |= {peer: step(forward, train=True) for peer, forward in candidates.forwards.items()}
     runs["products and attention"] = products_and_attention(models["plain"], grids, args.device)
     compilations = {}
     for each, run in list(runs.items()):
@@ -158,7 +154,9 @@ def measure(
     for _ in range(args.repeats):
         for each, run in runs.items():
             times[each].append(seconds(run, args.device))
-    fastest_peer = min((each for each in runs if each.split()[0] in PEERS), key=lambda each: min(times[each]), default=None)
+    fastest_peer = min(
+        (each for each in runs if each.split()[0] in PEERS), key=lambda each: min(times[each]), default=None
+    )
     return {
         "mix": name,
         "images": len(grids),
@@ -235,7 +233,7 @@ def losses_of_each(reference: nn.Module, ways: list[str], args: argparse.Namespa
     curves = {}
     for way in ways:
         # Trained in place: a copy of the weights each.
-        model = packed_models(reference, [way])[way]
+        model = packed_models(copy.deepcopy(reference), [way])[way]
         curves[way] = losses(model, batches, args.steps)
         del model
         gc.collect()

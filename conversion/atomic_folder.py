@@ -30,12 +30,16 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `target` exists and `overwrite` is false.
+        ValueError: a link lies where the folder is made; what it leads to stays as it is.
         BlockingIOError: another process is making `target`.
     """
     target = target.resolve()
     work, previous = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.previous")
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_process(target):
+        for path in (work, previous):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link, and a folder is made there: remove the link.")
         remove(work)
         restore(previous, target)
         remove(previous)

@@ -17,11 +17,44 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from .local_code import Aimv2PackingConfig
+from .messages import listed, printable
 from .safetensors_files import DTYPES, StoredTensor
 
 
 # All released models have this head size.
 HEAD_SIZE = 128
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+# By hidden size, intermediate size and number of layers.
+RELEASED = {
+    (1024, 2816, 24): "Large",
+    (1536, 4096, 24): "Huge",
+    (2048, 5632, 24): "1B",
+    (3072, 8192, 24): "3B",
+}
+# The configuration's fields by the names of timm's `model_args`.
+TIMM_ARGUMENTS = {
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "in_chans": "num_channels",
+    "patch_size": "patch_size",
+    "img_size": "image_size",
+}
+# Those that the tensors tell, or that say nothing of the features.
+TIMM_ELSEWHERE = {
+    *("attn_drop_rate", "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "pos_drop_rate"),
+    *(
+        "class_token",
+        "fc_norm",
+        "global_pool",
+        "init_values",
+        "mlp_ratio",
+        "no_embed_class",
+        "num_classes",
+        "pos_embed",
+    ),
+    *("proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "strict_img_size", "weight_init"),
+}
 # transformers' types of configurations that describe an AIMv2 encoder and nothing else.
 ENCODER_TYPES = ("aimv2_vision_model", "aimv2_packing", "ovis2_vision")
 
@@ -122,6 +155,7 @@ class Encoder:
         tensors (`dict[str, StoredTensor]`): Where the tensors are, by transformers' names and in its model's order.
         dropped, dropped_inside (`list[str]`): Tensors of the checkpoint that are no part of it, and those of them that
             begin with the prefix.
+        notes (`list[str]`): What had to be guessed, or of a configuration could not be taken over, a line each.
         missing, left_over, wrong (`list[str]`): What is wrong: expected tensors that are not there, others that are
             there under the same prefix, and descriptions of tensors or settings that do not fit.
     """
@@ -132,6 +166,7 @@ class Encoder:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     dropped_inside: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -145,8 +180,7 @@ class Encoder:
         lines = [f"the {self.checkpoint_format.name} checkpoint format{where}"]
         for label, names in (("missing", self.missing), ("left over", self.left_over), ("wrong", self.wrong)):
             if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                lines.append(f"  {label}: {', '.join(names[:5])}{more}")
+                lines.append(f"  {label}: {listed(names)}")
         return "\n".join(lines)
 
 
@@ -177,14 +211,14 @@ def find_encoder(tensors: dict[str, StoredTensor], source_config: dict[str, Any]
     if len(complete) == 1:
         return complete[0]
     if complete:
-        listed = ", ".join(repr(candidate.prefix) for candidate in complete)
-        raise ValueError(f"The checkpoint holds {len(complete)} AIMv2 encoders. Choose one with --prefix: {listed}.")
+        prefixes = ", ".join(repr(candidate.prefix) for candidate in complete)
+        raise ValueError(f"The checkpoint holds {len(complete)} AIMv2 encoders. Choose one with --prefix: {prefixes}.")
     if not candidates:
         where = "" if prefix is None else f" under the prefix {prefix!r}"
         anchors = ", ".join(each.stored_name("embeddings.patch_embed.weight") for each in CHECKPOINT_FORMATS)
         raise ValueError(
             f"No AIMv2 vision encoder{where} among the checkpoint's {len(tensors)} tensors "
-            f"({', '.join(sorted(tensors)[:3])}, ...): no checkpoint format's patch embedding is there ({anchors})."
+            f"({listed(sorted(tensors), 3)}): no checkpoint format's patch embedding is there ({anchors})."
         )
     nearest = max(candidates, key=lambda candidate: (len(candidate.tensors), -candidate.problems))
     raise ValueError(f"No complete AIMv2 vision encoder. The nearest is {nearest.describe()}")
@@ -196,7 +230,14 @@ def match_format(encoder: Encoder, tensors: dict[str, StoredTensor], source_conf
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
         geometry = read_geometry(encoder.checkpoint_format, own)
-        settings = read_settings(geometry, source_config, whole=not prefix)
+        whole, arguments = not prefix, source_config.get("model_args")
+        if encoder.checkpoint_format.name == "timm" and isinstance(arguments, dict):
+            whole, source_config = True, read_timm_arguments(arguments, encoder.notes)
+        settings = read_settings(geometry, source_config, whole)
+        if "num_attention_heads" not in settings:
+            settings["num_attention_heads"] = geometry["hidden_size"] // HEAD_SIZE
+            if tuple(geometry[name] for name in SIZES) not in RELEASED:
+                encoder.notes.append(guessed_heads("vision", settings["num_attention_heads"]))
         encoder.config = Aimv2PackingConfig(**{**geometry, **settings})
     except (StrictDataclassError, ValueError) as error:
         encoder.wrong.append(" ".join(str(error.__cause__ or error).split()))
@@ -212,7 +253,7 @@ def match_tensors(encoder: Encoder, own: dict[str, StoredTensor], shapes: dict[s
     for name, whole in shapes.items():
         stored_name, part = encoder.checkpoint_format.stored_name(name), encoder.checkpoint_format.part(name)
         shape = whole if part is None else (3 * whole[0], *whole[1:])
-        stored, label = own.get(stored_name), encoder.prefix + stored_name
+        stored, label = own.get(stored_name), printable(encoder.prefix + stored_name)
         used.add(stored_name)
         if stored is None:
             encoder.missing.append(label)
@@ -322,8 +363,7 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
     Raises:
         ValueError: the source's configuration contradicts the tensors or itself.
     """
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers")
-    checked = (*sizes, "num_channels", "patch_size") + (() if geometry["is_native"] else ("image_size",))
+    checked = (*SIZES, "num_channels", "patch_size") + (() if geometry["is_native"] else ("image_size",))
 
     def contradictions(section: dict[str, Any]) -> list[str]:
         return [name for name in checked if section.get(name, geometry[name]) != geometry[name]]
@@ -333,7 +373,7 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
         everything = list(nested(source_config))
         sections = [section for section in everything if section.get("model_type") in ENCODER_TYPES]
         if not sections:
-            complete = [section for section in everything if all(name in section for name in sizes)]
+            complete = [section for section in everything if all(name in section for name in SIZES)]
             sections = [section for section in complete if not contradictions(section)]
     fitting = [section for section in sections if not contradictions(section)]
     if sections and not fitting:
@@ -348,7 +388,7 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
         heads = [Aimv2PackingConfig().num_attention_heads]
     if not heads and geometry["hidden_size"] % HEAD_SIZE:
         raise ValueError("no config.json says num_attention_heads, and the size is none of the released models'")
-    settings = {"num_attention_heads": heads[0] if heads else geometry["hidden_size"] // HEAD_SIZE}
+    settings = {"num_attention_heads": heads[0]} if heads else {}
     # `use_head` and `is_native` decide which tensors must be there: one that is not is then found missing.
     stated = (
         "rms_norm_eps",
@@ -364,6 +404,25 @@ def read_settings(geometry: dict[str, Any], source_config: dict[str, Any], whole
     for section in reversed(fitting):
         settings |= {name: section[name] for name in stated if name in section}
     return settings
+
+
+def read_timm_arguments(arguments: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The configuration's fields that timm's `model_args` tell, and in `notes` what else might change features."""
+    unknown = sorted(arguments.keys() - TIMM_ARGUMENTS.keys() - TIMM_ELSEWHERE)
+    if unknown:
+        notes.append(f"not taken over of timm's model_args: {listed(unknown)}")
+    fields = {new: arguments[name] for name, new in TIMM_ARGUMENTS.items() if arguments.get(name) is not None}
+    sides = fields.get("image_size")
+    if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1]:
+        fields["image_size"] = sides[0]
+    return fields
+
+
+def guessed_heads(encoder: str, heads: int) -> str:
+    return (
+        f"no configuration says how many attention heads the {encoder} encoder has: {heads} are taken, of {HEAD_SIZE} "
+        "values each, as in all released models"
+    )
 
 
 def nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code that a model repo carries, and that loading it with `trust_remote_code` runs."""
 
+import ast
 import hashlib
-import json
 import shutil
 import subprocess
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from .messages import without_credentials
 
 
 REPO = Path(__file__).resolve().parent.parent
@@ -18,9 +21,23 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def copy_code(folder: Path) -> None:
-    for path in CODE_FILES:
+def copy_code(folder: Path, files: Iterable[Path] = CODE_FILES) -> None:
+    for path in files:
         shutil.copyfile(path, folder / path.name)
+
+
+@cache
+def with_imports(*modules: str) -> tuple[Path, ...]:
+    """The files of these modules of this tree and of all that they import from each other, by name."""
+    found: dict[str, Path] = {}
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        if module not in found:
+            found[module] = REPO / f"{module}.py"
+            nodes = ast.walk(ast.parse(found[module].read_bytes()))
+            pending += [x.module for x in nodes if isinstance(x, ast.ImportFrom) and x.level == 1 and x.module]
+    return tuple(found[module] for module in sorted(found))
 
 
 def origin() -> str:
@@ -41,47 +58,6 @@ def origin() -> str:
         return "an unknown commit: the converter did not run from a clone"
     if not remotes:
         return f"{commit} of a clone that names no remote repo"
-    url = urlsplit(git("remote", "get-url", "origin" if "origin" in remotes else remotes[0]))
+    url = git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])
     # A card is public: what a URL may hold of passwords stays out of it.
-    return f"{commit} of {url._replace(netloc=url.netloc.rpartition('@')[2]).geturl()}"
-
-
-def code_differences(folder: Path) -> list[str]:
-    """
-    How the code that loading `folder` may run differs from this tree's, a line each; none where it is the same. Nothing
-    of `folder` is run.
-
-    Raises:
-        ValueError: a JSON file that may name code cannot be read.
-    """
-    expected = {path.name: path for path in CODE_FILES}
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.py"))}
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    for name, path in found.items():
-        if name not in expected:
-            lines.append(f"{name} is not in this tree")
-        elif not path.is_file() or sha256(path) != sha256(expected[name]):
-            lines.append(f"{name} differs")
-    for path in sorted([*folder.rglob("*config.json"), *folder.rglob("modules.json")]):
-        for name in named_classes(path):
-            module = name.rpartition(".")[0]
-            # `--` stands between the id of another repo and a class of it.
-            if "--" in name or not (f"{module}.py" in expected or module.startswith("sentence_transformers.")):
-                lines.append(f"{path.relative_to(folder)} names {name}, which is not in this tree")
-    return lines
-
-
-def named_classes(path: Path) -> list[str]:
-    """The classes that a configuration's `auto_map`, or Sentence Transformers' list of modules, names for loading."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
-    if path.name == "modules.json":
-        named = [module.get("type") for module in value if isinstance(module, dict)] if isinstance(value, list) else []
-    else:
-        auto_map = value.get("auto_map") if isinstance(value, dict) else None
-        named = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
-    # A class may stand for itself, or be one of a pair of tokenizers.
-    flat = [name for each in named for name in (each if isinstance(each, list) else [each])]
-    return sorted({name for name in flat if isinstance(name, str)})
+    return f"{commit} of {without_credentials(url)}"

@@ -13,8 +13,10 @@ from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig
 
 from .code_files import REPO
 from .local_code import Aimv2PackingConfig, local_class
+from .messages import printable
 
 
+pack_in_order = local_class("batching_aimv2_packing.pack_in_order")
 PHOTOGRAPHS = REPO / "examples" / "photographs"
 MAX_PATCHES_PER_FORWARD = 8192
 RANDOM_SIZES = 10
@@ -30,7 +32,8 @@ def read_images(
     Raises:
         ValueError: there are none.
     """
-    pictures: list[tuple[str, Any]] = [(path.name, str(path)) for path in paths or sorted(PHOTOGRAPHS.glob("*.jpg"))]
+    files = paths or sorted(PHOTOGRAPHS.glob("*.jpg"))
+    pictures: list[tuple[str, Any]] = [(printable(path.name), str(path)) for path in files]
     if not pictures:
         raise ValueError(f"No image to compare: {PHOTOGRAPHS} holds none. Name some with --images.")
     if paths is None:
@@ -140,13 +143,5 @@ def packed_features(model: torch.nn.Module, inputs: list[dict[str, torch.Tensor]
 
 def batches(inputs: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """`hidden_states` and `grid_thw` of as many images, in their order, as fit in `MAX_PATCHES_PER_FORWARD`."""
-    groups: list[list[dict[str, torch.Tensor]]] = []
-    room = 0
-    for x in inputs:
-        length = len(x["hidden_states"])
-        if length > room:
-            groups.append([])
-            room = MAX_PATCHES_PER_FORWARD
-        groups[-1].append(x)
-        room -= length
+    groups = pack_in_order(inputs, lambda x: len(x["hidden_states"]), MAX_PATCHES_PER_FORWARD)
     return [tuple(torch.cat([x[name] for x in group]) for name in ("hidden_states", "grid_thw")) for group in groups]

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -22,11 +22,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from .code_files import REPO
-from .safetensors_files import read_json
-
-
-# `model_type` of what this repo's models load.
-CONVERTED_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
+from .messages import printable_lines, without_credentials
+from .repo_kinds import why_not_converted
 
 
 def local_path(source: str, revision: str | None = None, wanted: str = "a file, a folder") -> Path | None:
@@ -70,13 +67,10 @@ def require_converted(source: str, revision: str | None = None) -> str | None:
     if folder is None:
         folder = download_files(source, revision, ["config.json"])
         commit = folder.name
-    file = folder / "config.json"
-    model_type = read_json(file).get("model_type") if file.is_file() else None
-    if model_type not in CONVERTED_TYPES:
-        found = f"its model_type is {model_type!r}" if file.is_file() else "it has no config.json"
+    if reason := why_not_converted(folder):
         raise ValueError(
-            f"{source} is not converted: {found}. If it is an AIMv2 checkpoint, convert it first: {converter} {source} "
-            "OUTPUT_DIR"
+            f"{source} is not converted: {reason}. If it is an AIMv2 checkpoint, convert it first: {converter} "
+            f"{source} OUTPUT_DIR"
         )
     return commit
 
@@ -91,22 +85,57 @@ def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> P
     """
     with hub_errors(repo_id, revision):
         try:
-            # One short question, because a download asks an unreachable Hub again and again.
-            HfApi().model_info(repo_id, revision=revision, timeout=10)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        # No JSON is what a network's own login page answers with.
-        except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled, JSONDecodeError) as error:
-            try:
-                folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True)
-            except LocalEntryNotFoundError:
-                raise error from None
-            names = [file.name for file in Path(folder).rglob("*")]
-            if not all(any(fnmatch(name, pattern) for name in names) for pattern in patterns):
-                raise error from None
-        else:
-            folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
-        return Path(folder)
+            ask_hub(repo_id, revision)
+        except HubOutOfReachError as error:
+            folder = cached_folder(repo_id, revision, patterns)
+            names = [file.name for file in folder.rglob("*")] if folder else []
+            if folder is None or not all(any(fnmatch(name, pattern) for name in names) for pattern in patterns):
+                raise error.reason from None
+            return folder
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+
+
+class HubOutOfReachError(Exception):
+    """The Hub did not answer, or not as it should, for this `reason`: an earlier download may do."""
+
+    def __init__(self, reason: Exception):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def ask_hub(repo_id: str, revision: str | None) -> ModelInfo:
+    """
+    What the Hub knows of a repo, with the sizes of its files.
+
+    Raises:
+        HubOutOfReachError: the Hub cannot be reached, or is out of order.
+        RepositoryNotFoundError, RevisionNotFoundError: there is no such repo or revision.
+    """
+    try:
+        # One short question, because a download asks an unreachable Hub again and again.
+        return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    # No JSON is what a network's own login page answers with.
+    except (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled, JSONDecodeError) as error:
+        raise HubOutOfReachError(error) from error
+
+
+def cached_folder(repo_id: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The folder of an earlier download, unless it is known to lack a file that fits the patterns."""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def hub_file_names(repo_id: str, commit: str) -> list[str] | None:
+    """All files of a commit of a Hub repo, or `None` where the Hub is out of reach."""
+    with hub_errors(repo_id, commit):
+        try:
+            return [sibling.rfilename for sibling in ask_hub(repo_id, commit).siblings or []]
+        except HubOutOfReachError:
+            return None
 
 
 @contextmanager
@@ -116,8 +145,8 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise ValueError(
-            f"{repo_id} is on the Hub for those who accept its terms: accept them at {constants.ENDPOINT}/{repo_id}, "
-            "and log in with `hf auth login`, or set HF_TOKEN."
+            f"{repo_id} is on the Hub for those who accept its terms: accept them at "
+            f"{without_credentials(constants.ENDPOINT)}/{repo_id}, and log in with `hf auth login`, or set HF_TOKEN."
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
@@ -133,14 +162,18 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     except EntryNotFoundError:
         raise
     except HfHubHTTPError as error:
-        said = error.server_message or str(error)
-        said = " ".join(said.split()).rstrip(".")
+        said = one_line(error.server_message or error)
         raise ValueError(f"{repo_id} was refused by the Hub: {said}. Try again later.") from error
 
 
 def unreachable(repo_id: str, error: BaseException) -> ValueError:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return ValueError(
-        f"{repo_id} is no local path, and the Hub at {constants.ENDPOINT} cannot be reached ({reason}). Check the "
-        "connection, or give the path of a downloaded checkpoint."
+        f"{repo_id} is no local path, and the Hub at {without_credentials(constants.ENDPOINT)} cannot be reached "
+        f"({one_line(error)}). Check the connection, or give the path of a downloaded checkpoint."
     )
+
+
+def one_line(said: str | BaseException) -> str:
+    """What a server or a library said, fit to be printed."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return printable_lines(without_credentials(text)).rstrip(".")

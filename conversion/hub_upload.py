@@ -10,27 +10,37 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import httpx
 
-from .hub_files import CONVERTED_TYPES
-from .safetensors_files import read_json
+from .hub_card import card_for, merged_card
+from .hub_files import one_line
+from .messages import listed, printable, without_credentials
+from .repo_contents import WEIGHTS, file_names, is_written
+from .repo_kinds import CONVERTED_TYPES, repo_kind
+from .safetensors_files import INDEX_NAME, hub_blobs, read_json
 
 
 # Of a whole upload; the client itself repeats each request five times.
 ATTEMPTS = 2
 # What the Hub itself or a person may have put into a repo before its first upload.
 INITIAL_FILES = {".gitattributes", "README.md", "LICENSE"}
+CODE = re.compile(r"\w+_aimv2_packing\.py")
 
 
-def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
+def push_to_hub(
+    folder: Path, repo_id: str, private: bool = False, branch: str | None = None, overwrite_card: bool = False
+) -> str:
     """
     Creates the repo if it is not there and uploads `folder` in one commit. Files that the Hub already holds are not
     sent again, so that a second call continues an upload that was cut off; weights of an earlier upload that are no
-    longer in `folder` are deleted in the same commit.
+    longer in `folder` are deleted in the same commit. Only what the converter writes is uploaded, and what it has not
+    written of the repo's card and licence is kept; both are said.
 
     Args:
         folder (`Path`): A converted model repo. The usage example in its card is changed to name `repo_id`.
         repo_id (`str`): `USER/NAME`.
         private (`bool`, *optional*, defaults to `False`): Whether only the owner may see the repo.
         branch (`str`, *optional*): Where to commit, by default `main`; made from `main` if it is not there.
+        overwrite_card (`bool`, *optional*, defaults to `False`): Whether to replace a card and a licence that others
+            wrote.
 
     Returns:
         `str`: URL of what was uploaded.
@@ -38,7 +48,7 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
     Raises:
         ValueError: the upload is not possible; the message says why and what to do.
     """
-    api = HfApi()
+    api, paths = HfApi(), files_to_upload(folder)
     try:
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         info = api.model_info(repo_id)
@@ -47,9 +57,10 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
             raise ValueError(f"{repo_id} exists and is public, but --private was asked for: nothing was uploaded.")
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
+        operations = planned_commit(api, paths, repo_id, branch, overwrite_card)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                commit_folder(api, folder, repo_id, branch)
+                commit(api, operations, repo_id, branch)
                 break
             except (httpx.TransportError, HfHubHTTPError) as error:
                 refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
@@ -59,7 +70,7 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, branch: str |
                 time.sleep(5)
     except (httpx.TransportError, HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"The upload to {repo_id} failed: {explain(error)}") from error
-    return f"{url}/tree/{branch}" if branch else str(url)
+    return printable(without_credentials(f"{url}/tree/{branch}" if branch else str(url)))
 
 
 def check_existing(repo_id: str, files: list[str]) -> None:
@@ -77,25 +88,65 @@ def check_existing(repo_id: str, files: list[str]) -> None:
         )
 
 
-def commit_folder(api: HfApi, folder: Path, repo_id: str, branch: str | None) -> None:
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    additions = [
-        CommitOperationAdd(path.name, card_for(path, repo_id) if path.name == "README.md" else path) for path in paths
+def files_to_upload(folder: Path) -> list[Path]:
+    """
+    The files of a converted repo that the converter writes. Others are named, and stay.
+
+    Raises:
+        ValueError: one of them is a link, which may lead to anything.
+    """
+    kind, blobs = repo_kind(folder), hub_blobs(folder)
+    names = file_names(folder)
+    written = [folder / name for name in names if is_written(name, kind)]
+    for path in written:
+        if not path.is_file() or (path.is_symlink() and not (blobs and path.resolve().is_relative_to(blobs))):
+            raise ValueError(
+                f"{printable(path)} is a link or no file: put the file itself there. Nothing was uploaded."
+            )
+    if others := [name for name in names if folder / name not in written]:
+        print(f"Not uploaded, because the converter does not write it: {listed(others)}.")
+    return written
+
+
+def planned_commit(
+    api: HfApi, paths: list[Path], repo_id: str, branch: str | None, overwrite_card: bool
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What to add and to delete, so that the branch holds `paths` and what others wrote."""
+    contents: dict[str, Path | bytes] = {path.name: path for path in paths}
+    if isinstance(card := contents.get("README.md"), Path):
+        contents["README.md"] = card_for(card.read_text("utf-8"), repo_id).encode()
+    present = set(api.list_repo_files(repo_id, revision=branch))
+    for name in sorted({"README.md", "LICENSE"} & present & contents.keys()):
+        if not overwrite_card:
+            there = Path(hf_hub_download(repo_id, name, revision=branch)).read_bytes()
+            contents[name] = with_others(name, there, contents[name], repo_id)
+    stale = {name for name in present if WEIGHTS.fullmatch(name) or name == INDEX_NAME or CODE.fullmatch(name)}
+    return [
+        *(CommitOperationAdd(name, content) for name, content in contents.items()),
+        *(CommitOperationDelete(name) for name in sorted(stale - contents.keys())),
     ]
-    present = api.list_repo_files(repo_id, revision=branch)
-    stale = {name for name in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
-    deletions = [CommitOperationDelete(name) for name in sorted(stale - {path.name for path in paths})]
+
+
+def with_others(name: str, there: bytes, new: Path | bytes, repo_id: str) -> bytes:
+    """What becomes of a card or a licence, `there` on the Hub, that somebody else may have written."""
+    content = new.read_bytes() if isinstance(new, Path) else new
+    if name == "LICENSE":
+        content, is_kept = there, there.split() != content.split()
+    else:
+        merged, is_kept = merged_card(there.decode("utf-8", "replace"), content.decode("utf-8"))
+        content = merged.encode()
+    if is_kept:
+        print(f"{name} of {repo_id} was not written by this tool: its text is kept. To replace it: --overwrite-card.")
+    return content
+
+
+def commit(api: HfApi, operations: list[CommitOperationAdd | CommitOperationDelete], repo_id: str, branch: str | None):
     try:
         # Not `upload_folder`, which may split an upload into commits that do not load on their own.
-        api.create_commit(repo_id, [*additions, *deletions], commit_message="Upload packed AIMv2", revision=branch)
+        api.create_commit(repo_id, operations, commit_message="Upload packed AIMv2", revision=branch)
     except RuntimeError as error:
         # What the client makes of any error in one of its uploading threads.
         raise error.__cause__ or error from None
-
-
-def card_for(card: Path, repo_id: str) -> bytes:
-    """The model card with a usage example for `repo_id`."""
-    return re.sub(r'^model_id = ".*"$', f'model_id = "{repo_id}"', card.read_text("utf-8"), flags=re.M).encode()
 
 
 def explain(error: Exception) -> str:
@@ -104,7 +155,7 @@ def explain(error: Exception) -> str:
         return "there is no token. Log in with `hf auth login`, or set HF_TOKEN."
     if not isinstance(error, HfHubHTTPError):
         return f"the connection broke ({one_line(error)}). Run the same command again: what is uploaded is kept."
-    said = error.server_message or one_line(error)
+    said = one_line(error.server_message or error)
     status = error.response.status_code
     if status in (402, 413, 507) or re.search(r"quota|storage|limit", said, re.I):
         return f"the account's storage is full or the limit for a file is exceeded. The Hub said: {said}"
@@ -115,7 +166,3 @@ def explain(error: Exception) -> str:
     if status >= 500:
         return f"the Hub is in trouble ({said}). Run the same command again: what is uploaded is kept."
     return f"the Hub said ({status}): {said}"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

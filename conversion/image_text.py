@@ -14,12 +14,14 @@ from .checkpoint_formats import (
     CheckpointFormat,
     Encoder,
     expected_shapes,
+    guessed_heads,
     match_tensors,
     nested,
     read_trunk,
     stored_tensor,
 )
 from .local_code import Aimv2PackingImageTextConfig
+from .messages import printable
 from .safetensors_files import DTYPES, StoredTensor
 
 
@@ -74,12 +76,14 @@ class ImageText:
         config (`Aimv2PackingImageTextConfig`): Its configuration.
         tensors (`dict[str, StoredTensor]`): Where the tensors are, by `Aimv2Model`'s names.
         dropped (`list[str]`): Tensors of the checkpoint that are no part of it.
+        notes (`list[str]`): As an encoder's, of both.
     """
 
     checkpoint_format: CheckpointFormat
     config: Aimv2PackingImageTextConfig
     tensors: dict[str, StoredTensor]
     dropped: list[str]
+    notes: list[str]
 
 
 def find_image_text(
@@ -117,11 +121,11 @@ def find_image_text(
     }
     others = (names.visual_projection, names.text_projection, names.logit_scale)
     for own, (name, shape) in zip(others, shapes.items(), strict=True):
-        stored = tensors.get(root + own)
+        stored, label = tensors.get(root + own), printable(root + own)
         if stored is None:
-            text.missing.append(root + own)
+            text.missing.append(label)
         elif stored.dtype not in DTYPES or stored.shape not in (shape, (1, *shape)):
-            text.wrong.append(f"{root + own} is {stored.dtype} {stored.shape}, expected floating-point {shape}")
+            text.wrong.append(f"{label} is {stored.dtype} {stored.shape}, expected floating-point {shape}")
         else:
             found[name] = stored._replace(shape=shape)
     fields = {"vision_config": vision.config, "text_config": text.config, "projection_dim": dimension}
@@ -139,7 +143,7 @@ def find_image_text(
         )
     used = {root + own for own in others}
     dropped = [name for name in vision.dropped if name not in used and not name.startswith(text.prefix)]
-    return ImageText(vision.checkpoint_format, config, found, text.dropped_inside + dropped)
+    return ImageText(vision.checkpoint_format, config, found, text.dropped_inside + dropped, vision.notes + text.notes)
 
 
 def match_text(text: Encoder, tensors: dict[str, StoredTensor], section: dict[str, Any]) -> None:
@@ -158,7 +162,7 @@ def match_text(text: Encoder, tensors: dict[str, StoredTensor], section: dict[st
             "max_position_embeddings": own[positions].shape[-2],
             **read_trunk(text.checkpoint_format, own),
         }
-        settings = read_text_settings(geometry, section)
+        settings = read_text_settings(geometry, section, text.notes)
         text.config = Aimv2TextConfig(**{**geometry, **settings})
         shapes = expected_shapes(Aimv2TextModel, text.config)
     except (StrictDataclassError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -168,10 +172,10 @@ def match_text(text: Encoder, tensors: dict[str, StoredTensor], section: dict[st
     match_tensors(text, own, shapes)
 
 
-def read_text_settings(geometry: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:
+def read_text_settings(geometry: dict[str, Any], section: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """
     The fields of the text encoder's configuration that only the source's can tell, with the defaults of the released
-    model where it does not.
+    model where it does not; what is guessed is added to `notes`.
 
     Raises:
         ValueError: the source's configuration contradicts the tensors, or does not tell what has no default.
@@ -190,6 +194,7 @@ def read_text_settings(geometry: dict[str, Any], section: dict[str, Any]) -> dic
             raise ValueError("config.json says no num_attention_heads of the text encoder")
         else:
             settings["num_attention_heads"] = geometry["hidden_size"] // HEAD_SIZE
+            notes.append(guessed_heads("text", settings["num_attention_heads"]))
     heads = settings["num_attention_heads"]
     if not isinstance(heads, int) or heads < 1 or geometry["hidden_size"] % heads:
         raise ValueError(f"num_attention_heads {heads!r} of the text encoder do not divide {geometry['hidden_size']}")

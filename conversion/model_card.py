@@ -12,31 +12,34 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from .checkpoint_formats import Encoder
-from .code_files import CODE_FILES, origin, sha256
+from .checkpoint_formats import RELEASED, Encoder
+from .code_files import origin, sha256
+from .hub_card import sealed
 from .image_text import ImageText
+from .messages import printable, printable_lines
+from .repo_kinds import RepoKind
 from .safetensors_files import main_dtype, safe_path
 from .sources import Source
 from .verification import Report
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-# By hidden size, intermediate size and number of layers.
-RELEASED = {
-    (1024, 2816, 24): "Large",
-    (1536, 4096, 24): "Huge",
-    (2048, 5632, 24): "1B",
-    (3072, 8192, 24): "3B",
-}
 
 
-def write_card(folder: Path, source: Source, model_id: str, dtype: torch.dtype | None, report: Report | None) -> None:
+def write_card(
+    folder: Path,
+    source: Source,
+    kind: RepoKind,
+    model_id: str,
+    dtype: torch.dtype | None,
+    licences: list[str],
+    report: Report | None,
+) -> None:
+    """Writes `README.md`; `licences` are the names of the weights' licences in `folder`."""
     model, config = source.model, source.model.config
-    image_text = isinstance(model, ImageText)
+    image_text = kind.image_text
     vision = config.vision_config if image_text else config
-    licence, licence_text = source_licence(source)
-    if any(folder.glob("WEIGHTS_LICENSE*")):
-        licence_text += f" (`{next(folder.glob('WEIGHTS_LICENSE*')).name}`)"
+    licence, licence_text = source_licence(source, licences)
     weights_dtype = str(dtype or main_dtype(model.tensors)).removeprefix("torch.")
     parity = (
         "Not measured. To measure it: `python convert_weights.py REPO --verify`, with the converter of the code's repo."
@@ -44,8 +47,7 @@ def write_card(folder: Path, source: Source, model_id: str, dtype: torch.dtype |
     if report is not None:
         parity = (
             f"Packed against {report.reference}, image by image, in {report.dtype} on {report.device} with "
-            f"PyTorch {torch.__version__}; bounds: max diff {report.max_diff_bound:.1e}, min cosine "
-            f"{report.min_cosine_bound}.\n\n{report.tables()}"
+            f"PyTorch {torch.__version__}.\n\n{report.thresholds()}\n\n{report.tables()}"
         )
     card = ModelCard.from_template(
         ModelCardData(
@@ -57,7 +59,7 @@ def write_card(folder: Path, source: Source, model_id: str, dtype: torch.dtype |
         ),
         template_path=str(TEMPLATE),
         model_id=model_id,
-        source=source.name,
+        source=in_card(source.name),
         cast="" if dtype is None else f", in {weights_dtype}",
         description=describe(model),
         checkpoint_format=model.checkpoint_format.name,
@@ -68,29 +70,45 @@ def write_card(folder: Path, source: Source, model_id: str, dtype: torch.dtype |
         if vision.is_native
         else f"learned at {vision.image_size} x {vision.image_size} pixels, interpolated elsewhere",
         dtype=weights_dtype,
-        left_out=summary(model.dropped),
+        left_out=in_card(summary(model.dropped)),
         parity=parity,
-        code=[(path.name, sha256(path)) for path in CODE_FILES],
+        code=[(path.name, sha256(path)) for path in kind.code_files],
         origin=origin(),
         licence=licence_text,
     )
-    card.save(folder / "README.md")
+    (folder / "README.md").write_text(sealed(str(card)), "utf-8")
 
 
-def source_licence(source: Source) -> tuple[dict[str, Any], str]:
-    """Fields of the card's front matter, and words, for the licence that the source's own card states."""
-    stated: dict[str, Any] = {}
+def source_licence(source: Source, licences: list[str]) -> tuple[dict[str, Any], str]:
+    """
+    Fields of the card's front matter, and words, for the licence that the source's own card states. A link to one of
+    the source's files leads to the copy, which is one of `licences`.
+    """
+    data: dict[str, Any] = {}
     if (source.folder / "README.md").exists():
         path = safe_path(source.folder, "README.md")
         try:
             data = metadata_load(path) or {}
-            names = ("license", "license_name", "license_link")
-            stated = {name: data[name] for name in names if isinstance(data.get(name), str)}
         except (ValueError, RecursionError, YAMLError) as error:
-            print(f"warning: the card of {source.name} cannot be read: {error}", file=sys.stderr)
-    if not stated:
-        return {}, f"{source.name} does not state it in a card"
-    return stated, ", ".join(f"`{value}`" for value in stated.values())
+            print(f"warning: the card of {source.name} cannot be read: {printable_lines(str(error))}", file=sys.stderr)
+    several = data.get("license")
+    stated = {name: data[name] for name in ("license", "license_name") if isinstance(data.get(name), str)}
+    if isinstance(several, list) and several and all(isinstance(name, str) for name in several):
+        stated["license"] = several
+    if isinstance(link := data.get("license_link"), str):
+        name = f"WEIGHTS_{link.removeprefix('./').removeprefix('WEIGHTS_')}"
+        if name in licences or re.match("https?://", link):
+            stated["license_link"] = name if name in licences else link
+        else:
+            print(f"warning: license_link {link!a} leads to no file that is copied: left out.", file=sys.stderr)
+    words = [x for value in stated.values() for x in (value if isinstance(value, list) else [value])]
+    text = ", ".join(in_card(word) for word in words) or f"{in_card(source.name)} does not state it in a card"
+    return stated, text + "".join(f", `{name}`" for name in licences)
+
+
+def in_card(text: str) -> str:
+    """A name that somebody else chose as Markdown shows it: no HTML, no link, no cell of a table."""
+    return re.sub(r"[<>&|`\[\]\\*]", lambda match: f"&#{ord(match[0])};", printable(text))
 
 
 def describe(model: Encoder | ImageText) -> str:
@@ -106,4 +124,4 @@ def summary(names: list[str]) -> str:
     """Names of tensors by what they begin with, with their number where that is not 1."""
     # Up to the number of a layer, or else to the module.
     groups = Counter(re.sub(r"\.\d+\..*|\.[^.]*$", "", name, count=1) for name in names)
-    return ", ".join(f"{group} ({count} tensors)" if count > 1 else group for group, count in groups.items())
+    return ", ".join(f"{printable(x)} ({count} tensors)" if count > 1 else printable(x) for x, count in groups.items())

@@ -14,34 +14,24 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedConfig
 
 from .atomic_folder import atomic_folder, is_empty_folder
-from .checkpoint_formats import Encoder
-from .code_files import REPO, code_differences, copy_code
-from .hub_files import CONVERTED_TYPES
+from .code_files import REPO, copy_code
+from .image_settings import image_settings
 from .image_text import ImageText
+from .messages import printable
 from .model_card import write_card
-from .safetensors_files import main_dtype, read_json, safe_path, same_tensors, write_checkpoint
-from .sentence_transformers_files import write_sentence_transformers_files
+from .repo_contents import repo_differences
+from .repo_kinds import RepoKind, is_converted, repo_kind
+from .safetensors_files import main_dtype, same_tensors, write_checkpoint
+from .source_files import copy_licences, copy_tokenizer
 from .sources import Source, read_source
-from .tokenizer_files import copy_tokenizer
 from .verification import Report
 
 
-IMAGE_TEXT_CLASSES = {
-    "AutoConfig": "configuration_aimv2_packing.Aimv2PackingImageTextConfig",
-    **dict.fromkeys(
-        ("AutoModel", "AutoModelForZeroShotImageClassification"),
-        "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel",
-    ),
-}
-PROCESSOR = {
-    "auto_map": {"AutoProcessor": "processing_aimv2_packing.Aimv2PackingProcessor"},
-    "processor_class": "Aimv2PackingProcessor",
-}
 # Fields of a configuration that say how it was made or where its code is.
 DERIVED = ("architectures", "auto_map", "dtype", "transformers_version")
 NO_TOKENIZER = (
-    "warning: {source} has no complete tokenizer, it lacks {lacking}. The converted repo takes images and token ids, "
-    "but no words until these files are added to it."
+    "{source} has no complete tokenizer, it lacks {lacking}. The converted repo takes images and token ids, but no "
+    "words until these files are added to it"
 )
 
 
@@ -53,6 +43,7 @@ def convert(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     verifier: Callable[[Path], Report] | None = None,
+    plain: bool = False,
 ) -> None:
     """
     Writes a complete model repo: weights, configurations, tokenizer, code, licence and card.
@@ -66,13 +57,14 @@ def convert(
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an earlier conversion at `output`.
         verifier (`Callable`, *optional*): Called with the finished folder before it appears at `output`, to verify
             it; what it raises prevents that.
+        plain (`bool`, *optional*, defaults to `False`): Whether the repo carries the plain model alone.
 
     Raises:
         ValueError: the result does not fit on the disk, or `output` is not to be replaced.
         FileExistsError: `output` exists and may not be replaced.
     """
-    model = source.model
-    check_output(output, source.folder, overwrite)
+    model, kind = source.model, RepoKind(isinstance(source.model, ImageText), plain)
+    check_output(output, source.folder, overwrite, kind)
     with atomic_folder(output, overwrite) as folder:
         needed = sum(tensor.nbytes_as(dtype) for tensor in model.tensors.values())
         free = shutil.disk_usage(folder).free
@@ -83,41 +75,60 @@ def convert(
                 "or convert to a smaller --dtype."
             )
         for name in write_checkpoint(folder, model.tensors, dtype, max_shard_size):
-            print(f"warning: {name} holds NaN or infinite values.", file=sys.stderr)
-        write_configs(folder, model, dtype)
-        if isinstance(model, ImageText) and (lacking := copy_tokenizer(source.folder, folder)):
-            print(NO_TOKENIZER.format(source=source.name, lacking=" and ".join(lacking)), file=sys.stderr)
-        copy_code(folder)
+            warn(f"{printable(name)} holds NaN or infinite values")
+        for note in (*model.notes, *write_configs(folder, source, kind, dtype)):
+            warn(note)
+        if kind.image_text:
+            lacking, left_out = copy_tokenizer(source.folder, folder)
+            if left_out:
+                warn(f"not taken over from the source's tokenizer: {', '.join(left_out)}")
+            if lacking:
+                warn(NO_TOKENIZER.format(source=source.name, lacking=" and ".join(lacking)))
+        copy_code(folder, kind.code_files)
         shutil.copyfile(REPO / "LICENSE", folder / "LICENSE")
-        for path in source.folder.glob("WEIGHTS_LICENSE*" if is_converted(source.folder) else "LICENSE*"):
-            if not path.is_dir():
-                name = f"WEIGHTS_{path.name.removeprefix('WEIGHTS_')}"
-                shutil.copyfile(safe_path(source.folder, path.name), folder / name)
+        licences, left_out = copy_licences(source.folder, folder)
+        for reason in left_out:
+            warn(f"not taken over from the source: {reason}")
         report = verifier(folder) if verifier else None
-        write_card(folder, source, model_id, dtype, report)
+        write_card(folder, source, kind, model_id, dtype, licences, report)
 
 
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
+def check_output(output: Path, source: Path, overwrite: bool, kind: RepoKind) -> None:
     """Refuses to write where something else than an earlier conversion would be lost."""
     output, source = output.resolve(), source.resolve()
     if source.is_relative_to(output):
         raise ValueError(f"{output} holds the source: choose another folder for the output.")
     if overwrite and output.exists() and not (is_converted(output) or is_empty_folder(output)):
         raise ValueError(f"{output} is no converted model repo: --overwrite does not replace it. Remove it yourself.")
+    if not overwrite and is_converted(output) and (difference := other_kind(output, kind.plain)):
+        raise FileExistsError(f"{output} exists and {difference}. Choose another folder, or replace it: --overwrite.")
 
 
-def is_converted(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") in CONVERTED_TYPES
+def other_kind(output: Path, plain: bool) -> str | None:
+    """How a converted repo differs from what is asked for in its kind, or `None`."""
+    if repo_kind(output).plain == plain:
+        return None
+    return "has no engines, as --plain makes it" if plain is False else "has engines, without which --plain makes it"
 
 
-def holds_conversion(output: Path, source: Source, dtype: torch.dtype | None) -> bool:
-    """Whether `output` already is what [`convert`] makes of `source`: weights, configuration and code, by content."""
-    if not is_converted(output) or code_differences(output):
-        return False
+def warn(text: str) -> None:
+    print(f"warning: {text}.", file=sys.stderr)
+
+
+def difference_from(output: Path, source: Source, dtype: torch.dtype | None, plain: bool) -> str | None:
+    """
+    How `output`, a converted repo, differs from what [`convert`] makes of `source`, by content; `None` where its kind,
+    code, configuration and weights are the same.
+    """
+    if difference := other_kind(output, plain):
+        return difference
+    if differences := repo_differences(output):
+        return f"is not what this tree writes: {differences[0]}"
     existing = read_source(str(output)).model
-    same_kind = type(existing) is type(source.model) and fields(existing.config) == fields(source.model.config)
-    return same_kind and same_tensors(existing.tensors, source.model.tensors, dtype)
+    if type(existing) is not type(source.model) or fields(existing.config) != fields(source.model.config):
+        return "has another configuration"
+    same = same_tensors(existing.tensors, source.model.tensors, dtype)
+    return None if same else "has other weights, or weights of another dtype"
 
 
 def fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -131,22 +142,14 @@ def fields(config: PreTrainedConfig) -> dict[str, Any]:
     return stripped(config.to_dict())
 
 
-def write_configs(folder: Path, model: Encoder | ImageText, dtype: torch.dtype | None) -> None:
-    """`config.json` and those of the processors: those of this repo, with the model's fields."""
-    config, vision = model.config, model.config
-    if isinstance(model, ImageText):
-        vision = config.vision_config
-        config.architectures, config.auto_map = ["Aimv2PackingAcceleratedImageTextModel"], IMAGE_TEXT_CLASSES
-        (folder / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
-    else:
-        config.architectures = ["Aimv2PackingAcceleratedModel"]
-        config.auto_map = read_json(REPO / "config.json")["auto_map"]
-    config.dtype = dtype or main_dtype(model.tensors)
+def write_configs(folder: Path, source: Source, kind: RepoKind, dtype: torch.dtype | None) -> list[str]:
+    """`config.json` and those of the processors. Returns what of the source's image processor could not be kept."""
+    config = source.model.config
+    vision = config.vision_config if kind.image_text else config
+    config.architectures, config.auto_map = kind.architectures, kind.auto_map
+    config.dtype = dtype or main_dtype(source.model.tensors)
     config.save_pretrained(folder)
-    processor = read_json(REPO / "preprocessor_config.json") | {
-        "patch_size": vision.patch_size,
-        "patch_layout": vision.patch_layout,
-        "image_size": None if vision.is_native else vision.image_size,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n")
-    write_sentence_transformers_files(folder, config)
+    settings, notes = image_settings(source.folder, source.config, vision, kind.image_processor)
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    kind.write_json(folder)
+    return notes

@@ -18,6 +18,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 
+from .messages import listed
+
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -26,6 +28,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Small enough to stay in the processor's cache from reading through checking to writing.
 CHUNK_BYTES = 1 << 20
+# Above the largest tokenizers and indexes.
+MAX_JSON_BYTES = 100 << 20
 
 
 class StoredTensor(NamedTuple):
@@ -85,19 +89,37 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def read_json_value(path: Path) -> Any:
+    """
+    Reads any JSON.
+
+    Raises:
+        ValueError: the file is none, repeats a key, is a pipe or a device, or holds more than `MAX_JSON_BYTES`.
+        OSError: the file cannot be read.
+    """
+    # Before it is opened: a pipe would block.
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path} is no regular file.")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} holds more than {MAX_JSON_BYTES} bytes of JSON: refused.")
+    try:
+        return json.loads(content, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} cannot be read as JSON: {reason}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """
     Reads a JSON object.
 
     Raises:
-        ValueError: the file is no JSON object, or repeats a key.
+        ValueError: the file is no JSON object, or repeats a key, or is as [`read_json_value`] says.
         OSError: the file cannot be read.
     """
-    content = path.read_bytes()
-    try:
-        value = json.loads(content, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value
@@ -133,15 +155,14 @@ def safe_path(folder: Path, name: str) -> Path:
     The path of the file `name` of `folder`.
 
     Raises:
-        ValueError: it is no file, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link.
+        ValueError: it is no file, or lies outside `folder`: by an absolute path, by `..`, or by a symbolic link other
+            than those of the Hub's cache.
     """
-    root = folder.resolve()
-    if root.parent.name == "snapshots":
-        # A folder of the Hub's cache, whose files are links into the same repo's `blobs`.
-        root = root.parent.parent
+    root, blobs = folder.resolve(), hub_blobs(folder)
     path, parts = folder / name, PurePosixPath(name)
     try:
-        inside, is_file = path.resolve().is_relative_to(root), path.is_file()
+        target, is_file = path.resolve(), path.is_file()
+        inside = target.is_relative_to(root) or (blobs is not None and target.is_relative_to(blobs))
     except (OSError, RuntimeError, ValueError) as error:
         # Links in a circle, and names that are too long or hold characters that no path can.
         raise ValueError(f"{name!r} is no path of a file in {folder}: {error}.") from error
@@ -150,6 +171,13 @@ def safe_path(folder: Path, name: str) -> Path:
     if not is_file:
         raise ValueError(f"{folder} lacks the file {name!r}.")
     return path
+
+
+def hub_blobs(folder: Path) -> Path | None:
+    """Where the links of a folder of the Hub's cache lead, `models--*/snapshots/COMMIT`; `None` for other folders."""
+    snapshots = folder.resolve().parent
+    is_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent / "blobs" if is_cache else None
 
 
 def choose_weights(source: Path | str, names: list[str]) -> str:
@@ -163,7 +191,7 @@ def choose_weights(source: Path | str, names: list[str]) -> str:
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     candidates = standard or indexes or [name for name in names if name.endswith(".safetensors")]
     if len(candidates) > 1:
-        raise ValueError(f"{source} holds more than one set of weights: {', '.join(candidates)}. Name one file.")
+        raise ValueError(f"{source} holds more than one set of weights: {listed(candidates)}. Name one file.")
     if not candidates:
         raise no_safetensors(source, names)
     return candidates[0]
@@ -189,7 +217,7 @@ def no_safetensors(source: Path | str, names: list[str]) -> ValueError:
     if not pickles:
         return ValueError(f"{source} holds no .safetensors weights.")
     return ValueError(
-        f"{source} holds its weights as pickle ({', '.join(pickles)}), which can run code when it is read: refused. "
+        f"{source} holds its weights as pickle ({listed(pickles)}), which can run code when it is read: refused. "
         "Convert them to safetensors first, for example with https://huggingface.co/spaces/safetensors/convert."
     )
 
@@ -223,11 +251,11 @@ def read_checkpoint(weights: Path) -> dict[str, StoredTensor]:
             raise no_safetensors(weights, [file_name])
         header = read_header(safe_path(weights.parent, file_name))
         if twice := sorted(header.keys() & tensors.keys()):
-            raise ValueError(f"{weights}: {file_name} and another file both hold the tensor {twice[0]!r}.")
+            raise ValueError(f"{weights}: {file_name!r} and another file both hold the tensor {twice[0]!r}.")
         indexed = {name for name, value in weight_map.items() if value == file_name}
         if wrong := sorted(indexed ^ header.keys()):
             raise ValueError(
-                f"{weights} and {file_name} do not agree on the tensor {wrong[0]!r} and {len(wrong) - 1} more."
+                f"{weights} and {file_name!r} do not agree on the tensor {wrong[0]!r} and {len(wrong) - 1} more."
             )
         tensors |= header
     return tensors

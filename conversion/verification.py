@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
-from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig
+from transformers import Aimv2Model, Aimv2VisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint_formats import Encoder
-from .code_files import code_differences
 from .features import (
     original_features,
     original_joint,
@@ -29,7 +28,10 @@ from .features import (
 )
 from .image_text import ImageText
 from .local_code import Aimv2PackingConfig, Aimv2PackingImageTextConfig, local_class
-from .safetensors_files import read_json
+from .repo_contents import changes_code_only, repo_differences
+from .repo_kinds import repo_kind
+from .safetensors_files import main_dtype, read_json
+from .sources import read_source
 
 
 # Largest difference, as a part of the reference's largest value where that is above 1, and smallest cosine between
@@ -40,6 +42,8 @@ BOUNDS = {
     torch.float16: (2e-2, 0.999),
     torch.bfloat16: (1e-1, 0.99),
 }
+# What is usually asked of a port: largest and mean absolute difference, and smallest cosine.
+ALIGNMENT = (0.01, 0.001, 0.99)
 # What decides the shapes of weights and features.
 GEOMETRY = (
     "hidden_size",
@@ -63,8 +67,6 @@ TEXT_GEOMETRY = (
     "qkv_bias",
     "mlp_bias",
 )
-VISION_CLASS = "accelerated_aimv2_packing.Aimv2PackingAcceleratedModel"
-IMAGE_TEXT_CLASS = "accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel"
 
 
 @dataclass
@@ -113,7 +115,7 @@ class JointComparison:
 class Report:
     """
     Result of [`verify`]; `notes` say what could not be compared, or was compared in another way than asked,
-    `code_differences` how the code differs from this tree's, which is what runs.
+    `code_differences` how the code differs from this tree's, which is what runs, and `code_files` its number of files.
     """
 
     model: str
@@ -124,13 +126,46 @@ class Report:
     min_cosine_bound: float
     identical_weights: bool | None
     code_differences: list[str]
+    code_files: int
     notes: list[str]
     images: list[Comparison]
     joint: list[JointComparison]
 
     @property
     def passed(self) -> bool:
-        return bool(self.images) and all(x.passed for x in self.images) and all(x.passed for x in self.joint)
+        return (
+            not self.code_differences
+            and bool(self.images)
+            and all(x.passed for x in self.images)
+            and all(x.passed for x in self.joint)
+        )
+
+    @property
+    def worst(self) -> tuple[float, float, float]:
+        """Of all images: largest difference, largest mean difference, smallest cosine; NaN where there is one."""
+        values = torch.tensor([(x.max_diff, x.mean_diff, x.min_cosine) for x in self.images], dtype=torch.float64)
+        largest, smallest = values.amax(dim=0).tolist(), values.amin(dim=0).tolist()
+        return largest[0], largest[1], smallest[2]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the features of the images are within `ALIGNMENT`, whatever the dtype."""
+        return is_within(self.worst, ALIGNMENT)
+
+    def thresholds(self) -> str:
+        """The worst of all images beside what is usual for a port and what is asked here, as a Markdown table."""
+        own = (self.max_diff_bound, None, self.min_cosine_bound)
+        rows = [
+            ("measured, worst of all images", *self.worst, ""),
+            ("usual for a port", *ALIGNMENT, "met" if self.aligned else "NOT met"),
+            (f"asked here, {self.dtype}", *own, "met" if is_within(self.worst, own) else "NOT met"),
+        ]
+        lines = [
+            f"| {name} | {largest:.1e} | {'' if mean is None else f'{mean:.1e}'} | {cosine:.7f} | {verdict} |"
+            for name, largest, mean, cosine, verdict in rows
+        ]
+        head = "| | max diff | mean diff | min cosine | |"
+        return "\n".join([head, "|---|---|---|---|---|", *lines])
 
     def to_json(self) -> str:
         """Everything as JSON, which knows no NaN: `null` stands for it."""
@@ -142,7 +177,7 @@ class Report:
                 return [finite(inner) for inner in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        fields = finite(asdict(self)) | {"passed": self.passed}
+        fields = finite(asdict(self)) | {"passed": self.passed, "aligned": self.aligned}
         return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
     def tables(self) -> str:
@@ -191,7 +226,10 @@ def verify(
         ValueError: `config.json` of `folder` is not that of a model, `folder` does not load completely in transformers'
             model, it has another geometry than the reference, or there is nothing to compare.
     """
-    config = read_config(folder)
+    differences = repo_differences(folder)
+    # What another configuration or file would make the libraries read, they do not get to see.
+    stored = None if changes_code_only(differences) else read_source(str(folder)).model
+    config, kind = stored.config if stored else read_config(folder), repo_kind(folder)
     image_text = isinstance(config, Aimv2PackingImageTextConfig)
     vision_config = config.vision_config if image_text else config
     if reference is not None:
@@ -200,17 +238,14 @@ def verify(
     names, inputs = read_images(vision_config, images)
     notes = []
     original_class = Aimv2Model if image_text else Aimv2VisionModel
-    with quiet_loading():
-        original, info = original_class.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+    original, info = load(original_class, folder, stored, dtype)
     if wrong := sorted(map(str, (*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]))):
         raise ValueError(f"{folder} does not load in {original_class.__name__}: {', '.join(wrong[:5])}.")
     dtype = original.dtype
     identical_weights = None
     if reference is not None:
         converted = original.state_dict()
-        weights = {name: tensor.load(dtype) for name, tensor in reference.tensors.items()}
+        weights = loaded_tensors(reference, dtype)
         identical_weights = converted.keys() == weights.keys() and all(
             torch.equal(converted[name], weights[name]) for name in weights
         )
@@ -228,9 +263,8 @@ def verify(
     texts = random_texts(config.text_config) if image_text else {}
     expected_joint = original_joint(original, inputs, texts, vision_config) if image_text else {}
     del original, original_vision
-    with quiet_loading():
-        packed_class = local_class(IMAGE_TEXT_CLASS if image_text else VISION_CLASS)
-        packed = packed_class.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
+    packed_class = local_class(kind.auto_map["AutoModel"])
+    packed = load(packed_class, folder, stored, dtype)[0].eval().to(device)
     features = packed_features(packed.vision_model if image_text else packed, inputs)
     joint = packed_joint(packed, inputs, texts) if image_text else {}
 
@@ -269,11 +303,38 @@ def verify(
         max_diff_bound=max_diff_bound,
         min_cosine_bound=min_cosine_bound,
         identical_weights=identical_weights,
-        code_differences=code_differences(folder),
+        code_differences=differences,
+        code_files=len(kind.code_files),
         notes=notes,
         images=comparisons,
         joint=joint_comparisons,
     )
+
+
+def is_within(found: tuple[float, float, float], bounds: tuple[float, float | None, float]) -> bool:
+    """Whether largest and mean difference and smallest cosine are; in this direction NaN is not."""
+    largest, mean, cosine = bounds
+    return found[0] <= largest and (mean is None or found[1] <= mean) and found[2] >= cosine
+
+
+def load(
+    model_class: type[PreTrainedModel], folder: Path, stored: Encoder | ImageText | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of `folder`, or of what was found `stored` in it, and transformers' account of its loading."""
+    with quiet_loading():
+        if stored is None:
+            return model_class.from_pretrained(
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+        dtype = dtype or main_dtype(stored.tensors)
+        weights = loaded_tensors(stored, dtype)
+        return model_class.from_pretrained(
+            None, config=stored.config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+
+
+def loaded_tensors(model: Encoder | ImageText, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.load(dtype) for name, tensor in model.tensors.items()}
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -308,7 +308,7 @@ def main() -> None:
         if not start.exists():
             make_start(start, arguments.checkpoint, labels)
     distributed = {"distributed_config": DistributedConfig(fsdp_size=training.world_size)} if arguments.fsdp else {}
-    model = Aimv2PackingForImageClassification.from_pretrained(start, **distributed)
+    model = Aimv2PackingForImageClassification.from_pretrained(start, use_safetensors=True, **distributed)
 
     trainer = PackedTrainer(
         model,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+from loading import PHOTOGRAPHS, REPO, load, run  # first: it says what is not installed
 
 
 # isort: split
@@ -20,14 +20,15 @@ import PIL.Image
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+image_formats = get_class_from_dynamic_module("image_processing_aimv2_packing.image_formats", REPO)
 
 
 def image_files(folder: Path) -> list[str]:
     """
-    The image files of a folder and its subfolders, in order.
+    The image files of a folder and its subfolders, in order: what is an image, whatever its name, or is named as one.
 
     Raises:
         NotADirectoryError: `folder` is none.
@@ -35,10 +36,22 @@ def image_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"No such folder: {folder}")
-    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = [str(path) for path in sorted(folder.rglob("*")) if path.is_file() and is_image(path)]
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no image with one of the suffixes {', '.join(sorted(SUFFIXES))}")
+        raise FileNotFoundError(f"{folder} holds no image of the formats {', '.join(image_formats())}")
     return paths
+
+
+def is_image(path: Path) -> bool:
+    if PIL.Image.registered_extensions().get(path.suffix.lower()) in image_formats():
+        return True
+    try:
+        # Reads the header alone.
+        with PIL.Image.open(path, formats=image_formats()):
+            return True
+    # Decoders raise anything on what only begins like an image.
+    except Exception:
+        return False
 
 
 def skip(path: str, error: Exception) -> None:
@@ -55,7 +68,7 @@ class ImageFiles(Dataset):
         for path in paths:
             try:
                 # Reads the header alone.
-                with PIL.Image.open(path) as image:
+                with PIL.Image.open(path, formats=image_formats()) as image:
                     height, width = image.height, image.width
                 processor.get_number_of_image_patches(height, width)
             except Exception as error:

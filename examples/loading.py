@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the examples share: the image processor and the model, and errors in one line."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -22,17 +21,13 @@ try:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from conversion.hub_files import require_converted
+    from conversion.messages import NEXT_STEPS, printable_lines
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements.txt")
 
 
 PHOTOGRAPHS = Path(REPO) / "examples" / "photographs"
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-NEXT_STEPS = {
-    errno.EACCES: "- ask for the right to it, or choose another place.",
-    errno.EROFS: "- choose another place.",
-    errno.ENOSPC: "- free some space, or choose another disk.",
-}
 
 
 def load(checkpoint: str | None):
@@ -42,7 +37,7 @@ def load(checkpoint: str | None):
     """
     if checkpoint:
         require_converted(checkpoint)
-        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, use_safetensors=True)
         # Of an image-text checkpoint, the vision tower.
         model = getattr(model, "vision_model", model)
     else:
@@ -61,5 +56,5 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
     except (OSError, ValueError, ImportError, httpx.HTTPError, safetensors.SafetensorError) as error:
         # Safetensors gives the system's reason as text alone.
-        steps = [step for code, step in NEXT_STEPS.items() if os.strerror(code) in str(error)]
-        sys.exit("error: " + " ".join([*str(error).split(), *steps]))
+        steps = {f"- {step}." for code, step in NEXT_STEPS.items() if os.strerror(code) in str(error)}
+        sys.exit(printable_lines("error: " + " ".join([*str(error).split(), *steps])))

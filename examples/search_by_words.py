@@ -36,7 +36,7 @@ def load(checkpoint: str | None):
     """Processor and model of a converted checkpoint; without one, a small model whose random weights say nothing."""
     if checkpoint:
         require_converted(checkpoint)
-        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, use_safetensors=True)
         if not hasattr(model, "get_text_features"):
             raise ValueError(
                 f"{checkpoint} has no text encoder, only a vision tower: convert an image-text (LiT) checkpoint."

@@ -165,7 +165,7 @@ def main() -> None:
     model.save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
 
-    model = VisionLanguageModel.from_pretrained(arguments.output).to(vision.device).eval()
+    model = VisionLanguageModel.from_pretrained(arguments.output, use_safetensors=True).to(vision.device).eval()
     for name, caption in zip(CAPTIONS, captions_of(model, inputs, num_patches), strict=True):
         print(f"{name}.jpg: {caption}")
     print(f"{arguments.output}: the model, its projector and its processor")

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, CLIPTokenizer, PreTrainedModel
 
 from conversion.local_code import local_class
-from conversion.sentence_transformers_files import write_sentence_transformers_files
+from conversion.repo_kinds import RepoKind
 
 
 Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
@@ -93,7 +93,8 @@ def save_repo(folder: Path, model: PreTrainedModel, auto_map: dict[str, str], im
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     images = json.loads((REPO / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_size": image_size, "min_patches": 1}))
-    write_sentence_transformers_files(folder, model.config)
+    for name, content in RepoKind(image_text="text_config" in config).sentence_transformers.items():
+        (folder / name).write_text(json.dumps(content))
     for path in REPO.glob("*_aimv2_packing.py"):
         shutil.copyfile(path, folder / path.name)
     return folder

@@ -45,7 +45,7 @@ def assert_loads(folder: Path, model: Aimv2VisionModel) -> None:
     plain, info = Aimv2VisionModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     packed = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(packed).__name__ == "Aimv2PackingModel"
+    assert type(packed).__name__ == "Aimv2PackingAcceleratedModel"
     for loaded in (plain, packed):
         state = loaded.state_dict()
         assert state.keys() == model.state_dict().keys()

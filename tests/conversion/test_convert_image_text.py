@@ -47,7 +47,7 @@ def assert_loads(folder: Path, model: Aimv2Model) -> None:
     plain, info = Aimv2Model.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     packed = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(packed).__name__ == "Aimv2PackingImageTextModel"
+    assert type(packed).__name__ == "Aimv2PackingAcceleratedImageTextModel"
     for loaded in (plain, packed):
         state = loaded.state_dict()
         assert state.keys() == model.state_dict().keys()
@@ -119,7 +119,7 @@ def test_vision_only(tmp_path, checkpoint_format, capsys):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in model.vision_model.state_dict().items():
         assert torch.equal(plain.state_dict()[name], tensor), name
-    assert type(AutoModel.from_pretrained(output, trust_remote_code=True)).__name__ == "Aimv2PackingModel"
+    assert type(AutoModel.from_pretrained(output, trust_remote_code=True)).__name__ == "Aimv2PackingAcceleratedModel"
     assert not list(output.glob("*token*")) and not (output / "processor_config.json").exists()
 
 

@@ -415,7 +415,6 @@ def no_network(monkeypatch) -> None:
     def refuse(*arguments, **options):
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr("conversion.sources.HfApi", refuse)
     monkeypatch.setattr("conversion.hub_files.HfApi", refuse)
 
 

@@ -35,7 +35,7 @@ def verify(source: Path, *arguments: str) -> dict:
     try:
         run(parse_arguments([str(source), *arguments, "--verify", "--report", str(report)]))
     except ValueError as error:
-        assert "differs from" in str(error)
+        assert "differs from" in str(error) or "is not this tree's" in str(error)
         assert json.loads(report.read_text())["passed"] is False
     return json.loads(report.read_text())
 
@@ -52,6 +52,36 @@ def test_native(tmp_path, fields, capsys):
     printed = capsys.readouterr().out
     assert "| astronaut.jpg | 448 x 448 |" in printed
     assert "Verdict: passed." in printed
+
+
+def worst_of(report: dict) -> tuple[float, float, float]:
+    images = report["images"]
+    return (
+        max(image["max_diff"] for image in images),
+        max(image["mean_diff"] for image in images),
+        min(image["min_cosine"] for image in images),
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "verdicts"), [(1, ["met", "met"]), (1.0005, ["met", "NOT met"]), (1.1, ["NOT met"] * 2)]
+)
+def test_both_sets_of_thresholds_are_shown(tmp_path, capsys, scale, verdicts):
+    """What is usual for a port, max 0.01, mean 0.001 and cosine 0.99, and this tool's own."""
+    model = reference_model()
+    run(parse_arguments([str(save(tmp_path / "in", model)), str(tmp_path / "out")]))
+    model.rms_norm.weight.data.mul_(scale)
+    report = verify(tmp_path / "out", "--reference", str(save(tmp_path / "other", model)))
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("| measured", "| usual", "| asked"))
+    ]
+    largest, mean, cosine = worst_of(report)
+    assert rows == [
+        f"| measured, worst of all images | {largest:.1e} | {mean:.1e} | {cosine:.7f} |  |",
+        f"| usual for a port | 1.0e-02 | 1.0e-03 | 0.9900000 | {verdicts[0]} |",
+        f"| asked here, float32 | {report['max_diff_bound']:.1e} |  | 0.9999900 | {verdicts[1]} |",
+    ]
+    assert report["aligned"] == (verdicts[0] == "met") and report["passed"] == (verdicts[1] == "met")
 
 
 def test_learned_positions_are_compared_at_their_size(tmp_path):
@@ -160,13 +190,15 @@ def test_code_is_compared_as_plainly_as_features(tmp_path, capsys):
         "folder/more.py is not in this tree",
         "config.json names mallory/repo--config.Model, which is not in this tree",
         "preprocessor_config.json names mallory/repo--preprocessor_config.Model, which is not in this tree",
-        "modules.json names more.Module, which is not in this tree",
+        "modules.json is not what the converter writes",
     }
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Code: NOT this tree's") and {line.strip() for line in lines[1:]} == differences
     report = verify(tmp_path / "out", "--reference", str(tmp_path / "in"))
-    assert report["passed"] and set(report["code_differences"]) == differences
-    assert "Code: NOT this tree's" in capsys.readouterr().out
+    assert not report["passed"] and set(report["code_differences"]) == differences
+    assert report["identical_weights"] and all(image["passed"] for image in report["images"])
+    printed = capsys.readouterr().out
+    assert "Code: NOT this tree's" in printed and "Verdict: FAILED." in printed
 
 
 def test_card_lists_the_code_that_is_run(tmp_path, monkeypatch):
@@ -257,5 +289,7 @@ def test_code_that_the_configuration_names_is_not_run(tmp_path, name):
     fields = json.loads((tmp_path / "out" / name).read_text())
     fields["auto_map"] = dict.fromkeys(fields["auto_map"], "trap.Trap")
     (tmp_path / "out" / name).write_text(json.dumps(fields))
-    assert verify(tmp_path / "out", "--reference", str(tmp_path / "in"))["passed"]
+    report = verify(tmp_path / "out", "--reference", str(tmp_path / "in"))
+    assert not report["passed"] and all(image["passed"] for image in report["images"])
+    assert f"{name} names trap.Trap, which is not in this tree" in report["code_differences"]
     assert not (tmp_path / "trapped").exists()

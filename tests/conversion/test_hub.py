@@ -87,7 +87,7 @@ LOAD = """
     expected, pooled = batch.pop("expected"), batch.pop("pooled")
     for revision in {revisions!r}:
         model = AutoModel.from_pretrained({repo!r}, revision=revision, trust_remote_code=True)
-        assert type(model).__name__ == "Aimv2PackingModel"
+        assert type(model).__name__ == "Aimv2PackingAcceleratedModel"
         with torch.no_grad():
             output = model(**batch)
         torch.testing.assert_close(output.last_hidden_state, expected, rtol=0, atol=1e-5)
@@ -386,5 +386,7 @@ def test_verifying_a_repo_on_the_hub_does_not_run_its_code(hub, tmp_path, source
     assert "  modeling_aimv2_packing.py differs\n" in trap_code and "  more.py is not in this tree\n" in trap_code
     assert good.startswith(" 1\nweights: []") and "The code of alice/trap is not this tree's" in result.stderr
     assert "Weights: equal, bit by bit." in good and "Code: equal to this tree's" in good
-    assert trapped.startswith(" 0") and "Code: NOT this tree's" in trapped and "Verdict: passed." in trapped
-    assert "  modeling_aimv2_packing.py differs\n" in trapped and end.startswith(" 0")
+    commit = hub.repos["alice/good"].commits[0].oid
+    assert f"Compared: commit {commit}. It is the one to pin: revision='{commit}'.\n" in good_code
+    assert trapped.startswith(" 0") and "Code: NOT this tree's" in trapped and "Verdict: FAILED." in trapped
+    assert "  modeling_aimv2_packing.py differs\n" in trapped and end.startswith(" 1")

@@ -108,6 +108,21 @@ def test_features_of_a_folder_are_those_of_each_image(run, example, checkpoint, 
             torch.testing.assert_close(features[name], expected, rtol=0, atol=1e-5)
 
 
+def test_images_of_a_folder_are_known_by_their_content(example, tmp_path):
+    names = {"a.jfif": "JPEG", "b.ppm": "PPM", "c.jp2": "JPEG2000", "d": "PNG", "e.txt": "WEBP", "f.PNG": "TIFF",
+             "g.ico": "ICO", "h.qoi": "QOI", "i.tar": "BMP", "j.gif": "GIF", "k.avif": "AVIF"}  # fmt: skip
+    PIL.Image.init()
+    names = {name: image_format for name, image_format in names.items() if image_format in PIL.Image.SAVE}
+    for name, image_format in names.items():
+        PIL.Image.fromarray(noise(32, 32, 3)).save(tmp_path / name, image_format)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "README.md").write_text("no image, and not named as one")
+    (tmp_path / "postscript").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    (tmp_path / "folder.png").mkdir()
+    expected = sorted([*names, "broken.jpg"])
+    assert [Path(path).name for path in example("folder_features").image_files(tmp_path)] == expected
+
+
 def test_retrieval_reads_subfolders_and_skips_bad_files(run, checkpoint, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(PHOTOGRAPHS, folder / "deep", ignore=shutil.ignore_patterns("*.md"))

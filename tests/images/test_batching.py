@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Videos, splitting packed features, the batch sampler and the collator, and transformers' pipeline."""
 
+import itertools
 import json
+import random
 import shutil
 
 import datasets
@@ -15,6 +17,8 @@ from test_image_processing import BACKENDS, PHOTOGRAPHS, load, noise
 from torch.utils.data import DataLoader
 from transformers import pipeline
 from transformers.video_utils import load_video
+
+from batching_aimv2_packing import pack_in_order
 
 
 @pytest.fixture(params=BACKENDS)
@@ -102,6 +106,28 @@ def test_features_are_split_as_they_were_packed():
     assert unpack(features[:0], grid_thw[:0]) == []
     with pytest.raises(ValueError, match="15 patches, but `features` holds 14"):
         unpack(features[:14], grid_thw)
+
+
+@pytest.mark.parametrize("max_items", [None, 1, 4])
+def test_neighbours_are_packed_as_long_as_they_fit(max_items):
+    rng = random.Random(0)
+    for _ in range(200):
+        budget = rng.randint(1, 20)
+        lengths = [rng.choice([0, 1, rng.randint(0, 25)]) for _ in range(rng.randint(1, 30))]
+        groups = list(pack_in_order(range(len(lengths)), lengths.__getitem__, budget, max_items))
+        assert [index for group in groups for index in group] == list(range(len(lengths)))
+        sums = [sum(lengths[index] for index in group) for group in groups]
+        for group, total, following in zip(groups, sums, [*groups[1:], None], strict=True):
+            long = [index for index in group if lengths[index] > budget]
+            assert total <= budget or (len(long) == 1 and total == lengths[long[0]])
+            whole = following is None or len(group) == max_items or total >= budget
+            assert whole or total + lengths[following[0]] > budget
+            assert group and (max_items is None or len(group) <= max_items)
+
+
+def test_a_stream_is_packed_without_its_end():
+    groups = pack_in_order(itertools.count(1), lambda length: length, 6)
+    assert [next(groups) for _ in range(4)] == [[1, 2, 3], [4], [5], [6]]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

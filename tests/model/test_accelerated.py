@@ -3,7 +3,10 @@
 """An engine runs only where nobody can tell the difference, and then it does run."""
 
 import ast
+import copy
+import json
 import logging
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -19,9 +22,15 @@ from reference import (
     random_images,
     reference_model,
 )
+from scaling import make_model_repo
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from conversion.local_code import local_class
 
 
 @pytest.fixture
@@ -406,3 +415,167 @@ def test_a_subclass_of_the_model_is_served(inputs):
 
     packed = Subclass(packing_model(reference_model()).config).eval()
     assert outcome(packed, inputs) == "cpu"
+
+
+def test_nothing_is_said_before_a_forward(packed, inputs):
+    assert (packed.last_engine, packed.engine_refusal) == (None, None)
+    packed(**inputs)
+    assert (packed.last_engine, packed.engine_refusal) == ("cpu", None)
+
+
+@pytest.mark.parametrize("kind", ["layer", "module"])
+def test_a_patched_call_is_made(packed, inputs, monkeypatch, kind):
+    packed(**inputs)
+    owner = type(packed.encoder.layers[0]) if kind == "layer" else nn.Module
+    original, calls = owner.__call__, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(type(self).__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, "__call__", counted)
+    assert "has been replaced" in outcome(packed, inputs)
+    assert calls.count("Aimv2PackingEncoderLayer") == packed.config.num_hidden_layers
+    monkeypatch.undo()
+    assert outcome(packed, inputs) == "cpu"
+
+
+def test_a_tensor_in_the_place_of_a_weight_is_read_by_the_plain_model(packed, inputs):
+    """As hypernetworks put it there; and the next one, too."""
+    packed.requires_grad_(False)
+    before = packed(**inputs).last_hidden_state
+    projection = packed.encoder.layers[0].attention.q_proj
+    tensor = projection.weight.data.clone()
+    del projection.weight
+    projection.weight = tensor
+    ours = packed(**inputs).last_hidden_state
+    assert packed.engine_refusal == "the weight of a Linear is no parameter of it"
+    assert (ours - before).abs().max() < 1e-5
+    projection.weight = 3 * tensor
+    assert (packed(**inputs).last_hidden_state - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["attention.q_proj", "attention.k_proj", "ffn.up_proj"])
+def test_a_bias_of_one_projection_alone_counts(packed, inputs, name):
+    packed(**inputs)
+    projection = packed.encoder.layers[0].get_submodule(name)
+    projection.bias = nn.Parameter(torch.randn(projection.out_features))
+    ours = packed(**inputs).last_hidden_state
+    assert packed.last_engine == "cpu"
+    packed.use_engines = False
+    assert (ours - packed(**inputs).last_hidden_state).abs().max() < 1e-5
+
+
+def test_fsdp_around_the_whole_model_takes_the_plain_path(packed, inputs, tmp_path):
+    """Its flat parameter leaves no weight below the model a parameter."""
+    expected = packed(**inputs).last_hidden_state
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(packed, device_id=torch.device("cpu"))
+        ours = sharded(**inputs).last_hidden_state
+        assert packed.engine_refusal.startswith("the weight of a ")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_the_record_keeps_no_weight_and_no_model(packed, inputs):
+    packed(**inputs)
+    projection = packed.encoder.layers[0].ffn.up_proj
+    old = weakref.ref(projection.weight)
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+    assert old() is None
+    states = hub_module("accelerated").STATES
+    assert packed in states
+    whole = weakref.ref(packed.encoder.layers[0].ffn.up_proj.weight)
+    count = len(states)
+    copied = copy.deepcopy(packed)
+    copied(**inputs)
+    assert len(states) == count + 1
+    del copied
+    assert len(states) == count
+    assert whole() is not None
+
+
+def test_the_attention_function_of_transformers_can_be_replaced(packed, inputs, monkeypatch):
+    calls = []
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    packed(**inputs)
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", counted)
+    assert outcome(packed, inputs) == "the attention function called sdpa has been replaced"
+    assert len(calls) >= packed.config.num_hidden_layers
+
+
+def test_the_plain_path_applies_no_dropout_in_evaluation(inputs):
+    """With hooks, so that no engine runs: features are those of a model without dropout."""
+    reference = reference_model()
+    without = packing_model(reference, plain=True)(**inputs).last_hidden_state
+    for attn in ("sdpa", "eager"):
+        packed = packing_model(reference, attn=attn, plain=True, attention_dropout=0.5)
+        assert (packed(**inputs).last_hidden_state - without).abs().max() < 1e-5
+
+
+def test_a_frozen_tower_runs_without_gradients_whatever_trainer_hooked(packed, inputs):
+    plain = packed(**inputs).last_hidden_state
+    packed.requires_grad_(False)
+    packed.enable_input_require_grads()
+    assert packed.get_input_embeddings()._forward_hooks
+    with torch.enable_grad():
+        output = packed(**inputs).last_hidden_state
+    assert packed.last_engine == "cpu"
+    assert not output.requires_grad
+    assert torch.equal(output, plain)
+    # One weight to train below, and the hook does its work.
+    packed.encoder.layers[1].ffn.up_proj.weight.requires_grad_()
+    with torch.enable_grad():
+        packed(**inputs).last_hidden_state.sum().backward()
+    assert packed.engine_refusal == "gradients are enabled"
+    assert packed.encoder.layers[1].ffn.up_proj.weight.grad is not None
+    packed.requires_grad_(False)
+    packed.get_input_embeddings().register_forward_hook(lambda module, args, output: None)
+    with torch.enable_grad():
+        assert outcome(packed, inputs) == "a Aimv2PackingPatchEmbed has a forward hook"
+
+
+@pytest.mark.parametrize("saved", ["Aimv2PackingModel", "Aimv2PackingAcceleratedModel"])
+def test_a_saved_model_names_its_own_class_and_carries_its_files(tmp_path, inputs, saved):
+    """Also a plain one that was loaded from a repo of the accelerated."""
+    # transformers keeps one class for a configuration of one folder name, so each has its own.
+    repo, output = make_model_repo(tmp_path / "repo"), tmp_path / saved
+    model = local_class(f"{'modeling' if saved == 'Aimv2PackingModel' else 'accelerated'}_aimv2_packing.{saved}")
+    model.from_pretrained(repo).save_pretrained(output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == [saved]
+    assert config["auto_map"]["AutoModel"].endswith(f".{saved}")
+    files = {path.name for path in output.glob("*.py")}
+    assert ("cuda_engine_aimv2_packing.py" in files) is (saved != "Aimv2PackingModel")
+    loaded = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
+    assert type(loaded).__name__ == saved
+    expected = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()(**inputs).last_hidden_state
+    assert (loaded(**inputs).last_hidden_state - expected).abs().max() < 1e-5
+
+
+def test_auto_model_and_a_tower_inside_another_model_are_served(tmp_path, inputs):
+    repo = make_model_repo(tmp_path / "repo")
+    tower = AutoModel.from_pretrained(repo, trust_remote_code=True).eval()
+    assert outcome(tower, inputs) == "cpu"
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = AutoModel.from_config(tower.config, trust_remote_code=True).eval().requires_grad_(False)
+            self.classifier = nn.Linear(tower.config.hidden_size, 2)
+
+        def forward(self, **inputs):
+            return self.classifier(self.tower(**inputs).last_hidden_state)
+
+    probe = Probe()
+    with torch.enable_grad():
+        probe(**inputs).sum().backward()
+    assert probe.tower.last_engine == "cpu"
+    assert probe.classifier.weight.grad is not None

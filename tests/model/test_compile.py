@@ -101,6 +101,147 @@ def test_the_model_exports_for_any_number_of_images_of_one_size(name):
                 assert (ours - theirs).abs().max() < 1e-5
 
 
+def export_values(packed, given: dict[str, torch.Tensor]):
+    """A program that takes the values by their names, of any number of patches and segments."""
+    explicit, any_number = Explicit(packed, list(given)), {"values": ({0: torch.export.Dim.AUTO},) * len(given)}
+    return torch.export.export(explicit, tuple(given.values()), dynamic_shapes=any_number)
+
+
+def to_onnx(packed, given: dict[str, torch.Tensor], path):
+    """The same in onnxruntime, as a function of the values to the outputs."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    explicit, any_number = Explicit(packed, list(given)), {"values": ({0: torch.export.Dim.AUTO},) * len(given)}
+    program = torch.onnx.export(
+        explicit, tuple(given.values()), dynamo=True, dynamic_shapes=any_number, input_names=list(given), verbose=False
+    )
+    program.save(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    used = {value.name for value in session.get_inputs()}
+    return lambda given: session.run(None, {key: value.numpy() for key, value in given.items() if key in used})
+
+
+def values_of(packed, grids) -> dict[str, torch.Tensor]:
+    inputs = pack(random_images(grids))
+    return {"hidden_states": inputs["hidden_states"], **computed_ahead(packed, inputs["grid_thw"])}
+
+
+MIXED = [(2, 3), (3, 4), (4, 6)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_program_for_one_size_refuses_other_batches(name):
+    """And so does one that was exported with them, as a trace by `torch.jit` does."""
+    packed = packing_model(reference_model(**MODELS[name]))
+    given, mixed = values_of(packed, [(4, 5)] * 3), values_of(packed, MIXED)
+    exported = export_values(packed, given).module()
+    with torch.no_grad(), pytest.raises((IndexError, RuntimeError), match="index out of range"):
+        exported(*mixed.values())
+    exported = export_values(packed, mixed).module()
+    with torch.no_grad(), pytest.raises((IndexError, RuntimeError), match="index out of range"):
+        exported(*mixed.values())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_for_one_size_refuses_other_batches():
+    packed = packing_model(reference_model(use_head=True))
+    given, mixed = values_of(packed, [(4, 5)] * 3), values_of(packed, MIXED)
+    explicit = Explicit(packed, list(given))
+    with torch.no_grad():
+        traced = torch.jit.trace(explicit, tuple(given.values()))
+        other = values_of(packed, [(4, 5)] * 3)
+        for ours, expected in zip(traced(*other.values()), explicit(*other.values()), strict=True):
+            assert (ours - expected).abs().max() < 1e-5
+        with pytest.raises((IndexError, RuntimeError), match=r"index out of range|unflatten"):
+            traced(*mixed.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
+def test_onnxruntime_refuses_mixed_sizes_in_a_model_for_one(tmp_path):
+    packed = packing_model(reference_model(use_head=True))
+    run = to_onnx(packed, values_of(packed, [(4, 5)] * 3), tmp_path / "model.onnx")
+    with pytest.raises(Exception, match=r"out of (the )?(range|data bounds)"):
+        run(values_of(packed, MIXED))
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_attention_exports_for_any_mix(name, tmp_path):
+    """By `torch.export` and in onnxruntime, on random mixes; one image alone, too."""
+    packed = packing_model(reference_model(**MODELS[name]), attn="eager")
+    given = values_of(packed, MIXED)
+    exported, in_onnx = export_values(packed, given).module(), to_onnx(packed, given, tmp_path / "model.onnx")
+    mixes = [[tuple(row[1:]) for row in inputs["grid_thw"].tolist()] for inputs in random_mixes(4)]
+    for grids in (MIXED, [(5, 7)], [(1, 1), (9, 1)], *mixes):
+        given = values_of(packed, grids)
+        with torch.no_grad():
+            expected = packed(**given).to_tuple()
+            # To torch.export a batch of one is a program of its own.
+            for ours, theirs in zip(exported(*given.values()), expected, strict=True) if len(grids) > 1 else ():
+                assert (ours - theirs).abs().max() < 1e-5
+        for ours, theirs in zip(in_onnx(given), expected, strict=True):
+            assert (torch.from_numpy(ours) - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_compiled_model_takes_values_computed_before(attn):
+    """Lengths that a graph does not know are not taken for equal ones; outputs and gradients."""
+    packed = packing_model(reference_model(use_head=True), attn=attn)
+    compiled = torch.compile(packed, backend="aot_eager")
+
+    def run(model, given):
+        packed.zero_grad()
+        outputs = model(**given)
+        (outputs.last_hidden_state.square().sum() + outputs.pooler_output.sum()).backward()
+        weight = packed.encoder.layers[0].attention.k_proj.weight
+        return outputs.last_hidden_state.detach(), outputs.pooler_output.detach(), weight.grad.clone()
+
+    for grids in (MIXED, ODD_GRIDS, [(4, 5)] * 3):
+        given = values_of(packed, grids)
+        for ours, expected in zip(run(compiled, given), run(packed, given), strict=True):
+            assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_whole_layout_compiles_into_one_graph():
+    packed = packing_model(reference_model(use_head=True))
+    inputs = pack(random_images(MIXED))
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ours, expected = (model(inputs["hidden_states"], layout=layout) for model in (compiled, packed))
+    assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
+    assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
+    assert packed.engine_refusal is None
+    with torch.no_grad():
+        compiled(inputs["hidden_states"], layout=layout)
+    assert (packed.last_engine, packed.engine_refusal) == (None, "the model is being compiled")
+
+
+def test_the_whole_model_compiles_at_most_twice_where_a_varlen_kernel_is(monkeypatch):
+    """For one size, and for any sizes; each part of it between the reads of `grid_thw`."""
+    packed = packing_model(reference_model(), plain=True)
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(modeling, "varlen_attention", lambda q, k, v, cu_q, cu_k, max_q, max_k: q + k * cu_q[-1] + v)
+    with_layers = []
+
+    def backend(graph, example_inputs):
+        linears = sum(node.target is torch._C._nn.linear for node in graph.graph.nodes)
+        if linears:
+            with_layers.append(linears)
+        return graph.forward
+
+    compiled = torch.compile(packed, backend=backend)
+    with torch.no_grad():
+        for inputs in random_mixes(8):
+            ours, expected = compiled(**inputs).last_hidden_state, packed(**inputs).last_hidden_state
+            assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert with_layers == [7 * packed.config.num_hidden_layers + 1] * 2
+
+
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_runs_in_onnxruntime(name, tmp_path):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Aimv2PackingConfig`: what it refuses, and that nothing is lost on the way to disk and back."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -72,3 +73,11 @@ def test_values_that_cannot_work_are_refused_by_name(fields, named):
 def test_fields_that_transformers_cannot_set(fields):
     with pytest.raises(ValueError, match=r"refuses a field|is no field"):
         Aimv2PackingConfig(**fields)
+
+
+def test_transformers_below_the_floor_is_named(monkeypatch):
+    """And not what would fail first: a decorator on a class that is no dataclass yet."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "5.3.0")
+    source = (REPO / "configuration_aimv2_packing.py").read_text()
+    with pytest.raises(ImportError, match=r"transformers>=5\.15 is required.*found transformers==5\.3\.0"):
+        exec(compile(source, "configuration_aimv2_packing.py", "exec"), {"__name__": "below"})

@@ -113,9 +113,21 @@ def test_unknown_arguments_are_refused_by_name(model):
         assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
 
 
-def test_attention_maps_are_refused(model):
-    with pytest.raises(ValueError, match="output_attentions"):
+def test_attention_maps_of_other_kernels_than_eager_are_refused(model):
+    with pytest.raises(ValueError, match=r"`output_attentions` needs `attn_implementation='eager'`.*got 'sdpa'"):
         model(patches(4), torch.tensor([[1, 2, 2]]), output_attentions=True)
+
+
+def test_attention_maps_are_those_of_the_original_image_by_image():
+    reference = reference_model(attn="eager")
+    packed, images = packing_model(reference, attn="eager"), random_images([(2, 3), (2, 3), (5, 1)])
+    with torch.inference_mode():
+        ours = packed(**pack(images), output_attentions=True).attentions
+        theirs = [reference(image[None], output_attentions=True).attentions for image in images]
+    assert len(ours) == reference.config.num_hidden_layers
+    for layer, maps in enumerate(ours):
+        for image, weights in enumerate(maps):
+            assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
@@ -264,3 +276,86 @@ def test_a_model_with_a_head_gives_what_the_head_gives(model):
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
         assert torch.equal(model.get_image_features(**inputs).pooler_output, model(**inputs).pooler_output)
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_segments_of_ones_own_are_pooled(use_head):
+    packed = packing_model(reference_model(use_head=use_head))
+    inputs = pack(random_images([(4, 4), (2, 2)]))
+    cu_seqlens = torch.tensor([0, 5, 12, 20])
+    with torch.inference_mode():
+        outputs = packed.get_image_features(**inputs, cu_seqlens=cu_seqlens)
+    assert outputs.pooler_output.shape == (3, 64)
+    if not use_head:
+        expected = torch.stack([part.mean(0) for part in outputs.last_hidden_state.split([5, 7, 8])])
+        torch.testing.assert_close(outputs.pooler_output, expected)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_intermediate_layers_are_those_of_the_original(plain):
+    """With and without the norm, by number and by index, as tokens and as maps; `hidden_states[k]` is block `k - 1`."""
+    reference = reference_model(num_hidden_layers=4)
+    packed = packing_model(reference, plain=plain)
+    images = random_images([(3, 5), (2, 2)])
+    inputs = pack(images)
+    with torch.inference_mode():
+        theirs = [reference(image[None], output_hidden_states=True).hidden_states for image in images]
+        expected = [torch.cat([states[depth][0] for states in theirs]) for depth in range(5)]
+        for n, depths in ((1, [4]), (3, [2, 3, 4]), ([2, 0, -1], [3, 1, 4]), ([-2], [3])):
+            for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n, norm=False), depths, strict=True):
+                assert (ours - expected[depth]).abs().max() < 1e-5
+            for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n), depths, strict=True):
+                assert (ours - reference.rms_norm(expected[depth])).abs().max() < 1e-5
+        (maps,) = packed.get_intermediate_layers(**inputs, n=[1], reshape=True, norm=False)
+        assert [tuple(image.shape) for image in maps] == [(1, 3, 5, 64), (1, 2, 2, 64)]
+        assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_block_after_the_last_one_needed_runs(plain):
+    packed = packing_model(reference_model(num_hidden_layers=4), plain=plain)
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        expected = packed.get_intermediate_layers(**inputs, n=[1])[0]
+        for layer in packed.encoder.layers[2:]:
+            torch.nn.init.constant_(layer.ffn.down_proj.weight, torch.nan)
+        assert torch.equal(packed.get_intermediate_layers(**inputs, n=[1])[0], expected)
+        assert packed(**inputs).last_hidden_state.isnan().any()
+
+
+@pytest.mark.parametrize("n", [0, 3, [2], [-3], [0, 5]])
+def test_blocks_that_are_not_there_are_refused(model, n):
+    with pytest.raises(ValueError, match=r"`n` must name blocks of 2, .* got "):
+        model.get_intermediate_layers(**pack(random_images([(2, 2)])), n=n)
+
+
+def test_hidden_states_can_be_chosen(model):
+    """By index, as transformers' models let it; the others are `None`."""
+    inputs = pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        whole = model(**inputs, output_hidden_states=True).hidden_states
+        for chosen, kept in ((-2, [1]), ([0, 2], [0, 2]), ([1, 7], [1])):
+            states = model(**inputs, output_hidden_states=chosen).hidden_states
+            assert [index for index, state in enumerate(states) if state is not None] == kept
+            assert all(torch.equal(states[index], whole[index]) for index in kept)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_any_subset_of_the_patches_with_its_positions(is_native):
+    """Pruned patches: attention among those that are left, at the places where they were."""
+    packed = packing_model(reference_model(is_native=is_native))
+    inputs = pack(random_images([(4, 4), (3, 5)]))
+    full = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+    kept = torch.tensor([0, 3, 7, 8, 15, 16, 20, 30])
+    given = {name: value[kept] for name, value in full.tensors().items() if name.startswith(("position", "interp"))}
+    given["cu_seqlens"] = torch.tensor([0, 5, 8])
+    with torch.inference_mode():
+        ours = packed(inputs["hidden_states"][kept], **given).last_hidden_state
+        assert packed.last_engine == "cpu"
+        for own in (slice(0, 5), slice(5, 8)):
+            alone = {name: value[own] for name, value in given.items() if name != "cu_seqlens"}
+            alone["cu_seqlens"] = torch.tensor([0, own.stop - own.start])
+            packed.use_engines = False
+            expected = packed(inputs["hidden_states"][kept[own]], **alone).last_hidden_state
+            packed.use_engines = True
+            assert (ours[own] - expected).abs().max() < 1e-5

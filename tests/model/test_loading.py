@@ -65,6 +65,17 @@ def test_weights_that_would_stay_random_are_an_error(tmp_path):
         Aimv2PackingModel.from_pretrained(tmp_path)
 
 
+def test_a_weight_of_another_shape_is_an_error(tmp_path):
+    """`ignore_mismatched_sizes` would leave it random; by name it may be."""
+    reference_model(is_native=False).save_pretrained(tmp_path)
+    other = {"image_size": 112, "ignore_mismatched_sizes": True}
+    name = "embeddings.position_embedding.weight"
+    with pytest.raises(ValueError, match=f"lacks 1 weights, '{name}' first"):
+        Aimv2PackingModel.from_pretrained(tmp_path, **other)
+    packed = Aimv2PackingModel.from_pretrained(tmp_path, **other, newly_initialized=[name])
+    assert packed.embeddings.position_embedding.weight.shape == (64, 64)
+
+
 def test_a_new_head_is_put_on_by_name(tmp_path):
     reference = reference_model()
     reference.save_pretrained(tmp_path)

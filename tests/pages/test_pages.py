@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """README and docs: all code and commands run in the order written, links lead somewhere, tables are whole."""
 
+import atexit
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +31,9 @@ from scaling import make_model_repo
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
+with socket.create_server(("127.0.0.1", 0)) as free:
+    SERVER_PORT = free.getsockname()[1]
+
 # What stands for what in code and commands, in this order.
 SUBSTITUTES = {
     "USER/": "alice/",
@@ -36,6 +42,7 @@ SUBSTITUTES = {
     "--model REPO": "--model aimv2-large-packed",
     "s3://bucket/": "bucket/",
     "PICTURES": "photographs",
+    "localhost:8000": f"127.0.0.1:{SERVER_PORT}",
     "--output runs/digits": "--output runs/digits --steps 2",
     "python benchmarks/preprocessing.py": "python benchmarks/preprocessing.py --images 1 --rounds 2",
 }
@@ -95,6 +102,15 @@ NOT_RUN = {
     ("docs/image_text.md", 'pip install "sentence-transformers>=6.2"'): PACKAGES,
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
+    ("docs/serving.md", "pip install -r requirements-serve.txt"): PACKAGES,
+    (
+        "docs/serving.md",
+        "python examples/serve.py --checkpoint aimv2-lit-packed",
+    ): "is started by `start_server`",
+    (
+        "docs/serving.md",
+        "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800",
+    ): GPU,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (
         "docs/training.md",
@@ -239,6 +255,22 @@ def prepare_corpus(folder: Path, names: dict) -> None:
     shutil.copytree(folder / "photographs", folder / "bucket" / "parquet")
 
 
+def start_server(folder: Path, names: dict) -> None:
+    """Another process, as the page's command starts it; ended by its check, or with this one."""
+    command = [sys.executable, "examples/serve.py", "--checkpoint", "aimv2-lit-packed", "--port", str(SERVER_PORT)]
+    names["server"] = subprocess.Popen(command, cwd=folder)
+    atexit.register(names["server"].kill)
+    end = time.monotonic() + 120
+    while not listens(SERVER_PORT):
+        assert names["server"].poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
 def without_conversions(folder: Path, names: dict) -> None:
     """The page makes what others begin with."""
     shutil.rmtree(folder / "aimv2-large-packed")
@@ -264,6 +296,12 @@ def check_image_text(folder: Path, names: dict) -> None:
     assert [vector.shape for vector in names["vectors"]] == [(64,)] * 2
 
 
+def check_serving(folder: Path, names: dict) -> None:
+    names["server"].terminate()
+    names["server"].wait()
+    assert [len(vector) for vector in names["vectors"]] == [40] * 3
+
+
 def check_images(folder: Path, names: dict) -> None:
     assert [part.shape[0] for part in names["maps"]] == [1, 1] and names["maps"][0].shape[3] == 64
     assert names["inputs"]["grid_thw"][0, 0] == 16
@@ -276,6 +314,7 @@ PREPARE: dict[str, Callable[[Path, dict], None]] = {
     "docs/converting.md": without_conversions,
     "docs/corpus.md": prepare_corpus,
     "docs/image_text.md": without_image_text,
+    "docs/serving.md": start_server,
     "docs/training.md": prepare_images,
 }
 CHECK: dict[str, Callable[[Path, dict], None]] = {
@@ -283,6 +322,7 @@ CHECK: dict[str, Callable[[Path, dict], None]] = {
     "docs/corpus.md": check_corpus,
     "docs/image_text.md": check_image_text,
     "docs/images.md": check_images,
+    "docs/serving.md": check_serving,
 }
 
 

@@ -1,0 +1,110 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A layout goes where tensors go: through Trainer, accelerate, pinned memory, pickling, DDP and torch.export."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from reference import (
+    ODD_GRIDS,
+    hub_module,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    reference_model,
+    with_positions,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
+
+
+PackedLayout = hub_module("layout").PackedLayout
+
+
+@pytest.fixture
+def inputs():
+    return pack(random_images(ODD_GRIDS))
+
+
+@pytest.fixture(params=[True, False], ids=["native", "learned"])
+def packed(request):
+    return packing_model(reference_model(use_head=True, is_native=request.param))
+
+
+@pytest.fixture
+def layout(packed, inputs):
+    return with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+
+
+def same(ours, expected) -> bool:
+    return type(ours) is type(expected) and all(
+        torch.equal(value, getattr(ours, name)) if isinstance(value, torch.Tensor) else value == getattr(ours, name)
+        for name, value in vars(expected).items()
+    )
+
+
+def test_trainer_prepares_it(layout, inputs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(nn.Linear(1, 1), arguments)
+    prepared = trainer._prepare_inputs({"hidden_states": inputs["hidden_states"], "layout": layout})
+    assert same(prepared["layout"], layout)
+
+
+def test_accelerate_moves_it(layout):
+    operations = pytest.importorskip("accelerate.utils.operations", reason="needs requirements-scale.txt")
+    moved = operations.send_to_device({"layout": layout}, torch.device("meta"), non_blocking=True)["layout"]
+    assert isinstance(moved, PackedLayout)
+    assert {value.device.type for value in moved.tensors().values()} == {"meta"}
+    assert moved.runs == layout.runs
+    assert set(moved.tensors()) == set(layout.tensors())
+
+
+def test_a_data_loader_pins_it(layout, monkeypatch):
+    """By the function that its pinning thread calls; without a GPU the copy is stood in for."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self + 0)
+    pinned = pin_memory({"layout": layout})["layout"]
+    assert same(pinned, layout)
+    for name, value in layout.tensors().items():
+        assert getattr(pinned, name).data_ptr() != value.data_ptr()
+
+
+def test_it_is_pickled_also_between_processes(layout):
+    assert same(pickle.loads(pickle.dumps(layout)), layout)
+    (from_worker,) = DataLoader([layout], batch_size=None, num_workers=1)
+    assert same(from_worker, layout)
+
+
+def test_ddp_takes_it(packed, inputs, layout, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(packed)
+        ours = wrapped(inputs["hidden_states"], layout=layout).last_hidden_state
+        ours.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(ours, packed(**inputs).last_hidden_state)
+
+
+def test_it_is_an_input_of_an_exported_program(packed, inputs, layout):
+    """For these lengths, which are part of the program; its tensors are inputs."""
+    program = torch.export.export(packed, (inputs["hidden_states"],), {"layout": layout}).module()
+    other = pack(random_images(ODD_GRIDS))
+    with torch.no_grad():
+        ours = program(other["hidden_states"], layout=layout)["last_hidden_state"]
+        assert (ours - packed(**other).last_hidden_state).abs().max() < 1e-5
+
+
+def test_to_the_device_where_it_is_copies_nothing(layout):
+    assert layout.to(layout.cu_seqlens.device) is layout
+    assert layout.to("cpu").cu_seqlens is layout.cu_seqlens
+
+
+def test_layouts_are_compared_by_identity(layout):
+    assert layout == layout  # noqa: PLR0124
+    assert layout != dataclasses.replace(layout)
