@@ -97,7 +97,8 @@ def products_and_attention(model: nn.Module, grids: list[Grid], device: str) -> 
     query, key, value = (torch.randn(total, heads, sizes[0] // heads, requires_grad=True, **like) for _ in range(3))
     gradient = torch.randn_like(query)
     layers = [
-        [each.weight for each in layer.modules() if isinstance(each, nn.Linear)] for layer in model.encoder.layers
+        [each.weight.detach() for each in layer.modules() if isinstance(each, nn.Linear)]
+        for layer in model.encoder.layers
     ]
     weight_gradients = {weight.shape: torch.empty_like(weight) for weight in layers[0]}
 
@@ -257,7 +258,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--best", action="store_true", help="also measure the peers compiled")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50, help="whose losses are compared (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="whose losses are compared; 0: no losses, no gradients (50)"
+    )
     return parser.parse_args()
 
 
@@ -288,6 +291,8 @@ def main() -> None:
             print(f"{name}, {run['patches']} patches, ms: {times}", flush=True)
             reference.zero_grad()
             gc.collect()
+    if args.steps == 0:
+        return
     write(gradient_errors=gradient_errors(reference, ways, args))
     print(results["gradient_errors"], flush=True)
     write(losses=losses_of_each(reference, ways, args))
