@@ -156,7 +156,8 @@ def products_of(*linears: nn.Linear) -> list[Product]:
     if are_adjacent(weights) and (not known or (len(known) == len(biases) and are_adjacent(known))):
         return [Product(whole_of(weights), whole_of(known) if known else None, slice(None))]
     ends = list(accumulate(map(len, weights), initial=0))
-    return [Product(*own, slice(*span)) for *own, span in zip(weights, biases, pairwise(ends), strict=True)]
+    columns = [slice(start, end) for start, end in pairwise(ends)]
+    return list(map(Product, weights, biases, columns))
 
 
 # The engine
@@ -216,7 +217,9 @@ class Inputs:
             # A kernel of the user's choice may read past a segment's end.
             self.buffers.patches[own:].zero_()
         count = layout.cu_seqlens.new_full((1,), len(layout.cu_seqlens) - 1)
-        parts = [count, layout.cu_seqlens, *([layout.frame_sizes.view(-1)] if self.budget.has_frames else [])]
+        parts = [count, layout.cu_seqlens]
+        if self.budget.has_frames and layout.frame_sizes is not None:
+            parts.append(layout.frame_sizes.view(-1))
         segments = torch.cat(parts)
         self.segments[: len(segments)].copy_(segments, non_blocking=True)
         given = (layout.position_ids,) if len(self.positions) == 1 else (layout.interp_indices, layout.interp_weights)
@@ -466,7 +469,7 @@ def compiler_failure(dtype: torch.dtype, device: torch.device) -> str | None:
 # What the accelerated model calls
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout | None, state: Any) -> str | None:
     """Why this forward cannot run here; `None` where it can."""
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a CUDA graph"
