@@ -23,6 +23,7 @@ from conversion.local_code import local_class
 
 pack_in_order = local_class("batching_aimv2_packing.pack_in_order")
 
+
 @pytest.fixture(params=BACKENDS)
 def processor(request):
     return load(request.param, min_patches=1, max_patches=60)
