@@ -64,8 +64,10 @@ def may_draw_random_numbers(layer: nn.Module) -> bool:
 
 
 def draws_nothing(module: nn.Module) -> bool:
-    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-    if "forward" in module.__dict__ or not all(is_of_torch_distributed(hook) for hook in hooks):
+    if "forward" in module.__dict__:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if hooks and not all(map(is_of_torch_distributed, chain(hooks.values(), module._forward_pre_hooks.values()))):
         return False
     if type(module) in DROPOUTS:
         return not module.training or module.p == 0

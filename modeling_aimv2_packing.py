@@ -56,6 +56,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2), weights
 
 
+@torch.compiler.assume_constant_result
 def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether PyTorch's own flash attention takes packed `(total_patches, heads, head_dim)` tensors, and may."""
     return (
