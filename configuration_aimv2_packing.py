@@ -4,7 +4,10 @@
 
 import dataclasses
 import inspect
+import json
 import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,8 +24,42 @@ require_version("transformers>=5.15", "To update: pip install --upgrade transfor
 MAX_WEIGHT_SIZE = torch.iinfo(torch.int64).max // torch.float64.itemsize
 
 
+def sentence_transformers_files(image_text: bool) -> dict[str, Any]:
+    """
+    What makes a model repo a Sentence Transformers model, by the names of its two files. An image is what the visual
+    projection gives, or the head, or else the mean over its patches; a text is what the text projection gives.
+    """
+    names = ("image", "text") if image_text else ("image",)
+    modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": modalities,
+        "module_output_name": "sentence_embedding",
+    }
+    kind = "sentence_transformers_aimv2_packing.Aimv2PackingTransformer"
+    module = {"idx": 0, "name": "0", "path": "", "type": kind}
+    return {"sentence_bert_config.json": settings, "modules.json": [module]}
+
+
+class SentenceTransformersMixin:
+    """Makes what is saved with its code a Sentence Transformers model too."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        As [`~transformers.PreTrainedConfig.save_pretrained`], and beside a model's code the files that Sentence
+        Transformers reads; the processor brings their module. A `modules.json` that is there already is kept, with its
+        settings.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        folder = Path(save_directory)
+        if "AutoModel" not in (getattr(self, "auto_map", None) or {}) or (folder / "modules.json").exists():
+            return
+        for name, content in sentence_transformers_files(image_text=hasattr(self, "text_config")).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 @strict
-class Aimv2PackingConfig(Aimv2VisionConfig):
+class Aimv2PackingConfig(SentenceTransformersMixin, Aimv2VisionConfig):
     r"""
     Configuration of [`Aimv2PackingModel`]: every field of [`~transformers.Aimv2VisionConfig`], with the same meaning
     and default, and the two below. The configuration of an `Aimv2VisionModel` checkpoint is a valid one.
@@ -127,7 +164,7 @@ class Aimv2PackingConfig(Aimv2VisionConfig):
 
 
 @strict
-class Aimv2PackingImageTextConfig(Aimv2Config):
+class Aimv2PackingImageTextConfig(SentenceTransformersMixin, Aimv2Config):
     r"""
     Configuration of [`Aimv2PackingImageTextModel`]: the fields of [`~transformers.Aimv2Config`], with the same meaning
     and default. The configuration of an `Aimv2Model` checkpoint is a valid one.

@@ -8,15 +8,11 @@ what is missing: the ids in the Parquet files of the output are the only record 
 """
 
 import argparse
-import errno
+import dataclasses
 import sys
 
-
-NEXT_STEPS = {
-    errno.EACCES: "ask for the right to it, or choose another place",
-    errno.EROFS: "choose another place",
-    errno.ENOSPC: "free some space, or choose another disk",
-}
+from conversion.messages import next_step, printable_lines, without_credentials
+from corpus.options import Options
 
 
 def positive(text: str) -> int:
@@ -35,14 +31,24 @@ def minutes(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Features of a corpus of images, written as Parquet.")
-    parser.add_argument("--model", required=True, help="model repo: a folder or an id on the Hub")
+    parser.add_argument("--model", help="model repo: a folder or an id on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
-    parser.add_argument(
-        "--input", required=True, nargs="+", help="images, .parquet or WebDataset .tar: folders, files, globs or URLs"
-    )
+    parser.add_argument("--input", nargs="+", help="images, .parquet or WebDataset .tar: folders, files, globs or URLs")
     parser.add_argument("--output", required=True, help="folder or URL for the Parquet files; run again to resume")
     parser.add_argument("--retry-errors", action="store_true", help="try images again whose row holds an error")
+    parser.add_argument(
+        "--redo-changed",
+        action="store_true",
+        help="do the rows again of files that changed since: a size or time differs",
+    )
     parser.add_argument("--limit", type=positive, help="encode at most this many images in this run")
+
+    group = parser.add_argument_group(
+        "jobs that share an input, such as those of a SLURM array, each of them a shard of OUTPUT"
+    )
+    group.add_argument("--num-shards", type=positive, help="of the input")
+    group.add_argument("--shard-index", type=int, help="of this job, from 0")
+    group.add_argument("--status", action="store_true", help="say which shards of --output are complete, and stop")
 
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -51,41 +57,61 @@ def parse_arguments() -> argparse.Namespace:
         help="by default the projection of an image-text model, else the head, else the mean over patches",
     )
     group.add_argument("--patch-features", choices=["float16", "bfloat16"], help="also write the feature of each patch")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
+    group.add_argument("--embedding-dtype", choices=["float32", "float16"], help="of the embeddings (%(default)s)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (%(default)s)")
     group.add_argument("--max-patches", type=positive, help="of one image, instead of the image processor's")
     group.add_argument("--image-size", type=positive, help="resize and crop each image to a square of this side")
 
     group = parser.add_argument_group("Parquet input")
-    group.add_argument("--image-column", default="image", help="(%(default)s)")
+    group.add_argument("--image-column", help="(%(default)s)")
     group.add_argument("--id-column", help="with unique values; by default FILE#ROW is the id")
+
+    group = parser.add_argument_group("what is too large, and becomes an error before it is read")
+    group.add_argument("--max-image-bytes", type=positive, help="of the file of an image (%(default)s)")
+    group.add_argument("--max-image-pixels", type=positive, help="of an image (%(default)s)")
 
     group = parser.add_argument_group("the run")
     group.add_argument("--device", help="such as cpu or cuda:1; by default a GPU where there is one")
     group.add_argument("--address", help="Ray cluster to run on, such as auto")
     group.add_argument("--num-workers", type=positive, help="copies of the model, on Ray; by default one per GPU")
     group.add_argument("--patches-per-batch", type=positive, help="most patches encoded at once (16384, CPU: 4096)")
-    group.add_argument("--rows-per-file", type=positive, default=16384, help="a file is closed at (%(default)s)")
-    group.add_argument("--flush-minutes", type=minutes, default=2, help="or after (%(default)s), when rows are waiting")
-    return parser.parse_args()
+    group.add_argument("--rows-per-file", type=positive, help="a file is closed at (%(default)s)")
+    group.add_argument("--flush-minutes", type=minutes, help="or after (%(default)s), when rows are waiting")
+    parser.set_defaults(
+        **{
+            field.name: field.default
+            for field in dataclasses.fields(Options)
+            if field.default is not dataclasses.MISSING
+        }
+    )
+    arguments = parser.parse_args()
+    if not arguments.status and (arguments.model is None or arguments.input is None):
+        parser.error("the following arguments are required: --model, --input")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     resume = "Run the same command again to resume."
     try:
-        from corpus.options import Options
+        options = vars(arguments)
+        if options.pop("status"):
+            from corpus.shards import status_lines
+
+            print("\n".join(status_lines(arguments.output)))
+            return
         from corpus.run import run
 
-        run(Options(**vars(arguments)))
+        run(Options(**options))
     except ModuleNotFoundError as error:
         sys.exit(f"extract_features.py: {error.name} is not installed: pip install -r requirements-scale.txt")
     except KeyboardInterrupt:
         print(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        step = f" - {NEXT_STEPS[number]}. {resume}" if number in NEXT_STEPS else ""
-        sys.exit(f"extract_features.py: {' '.join(str(error).split())}{step}")
+        step = next_step(error)
+        message = printable_lines(without_credentials(" ".join(str(error).split())))
+        sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 
 
 if __name__ == "__main__":

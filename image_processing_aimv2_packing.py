@@ -4,7 +4,6 @@
 
 import base64
 import importlib
-import importlib.util
 import ipaddress
 import math
 import os
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -38,6 +37,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.utils import is_torchvision_available
 
 from .batching_aimv2_packing import PackedBatchesMixin
+
+
+if TYPE_CHECKING:
+    # transformers saves a processor with every file that an import names: this one, which `modules.json` names.
+    from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
 
 # A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives
@@ -75,8 +79,16 @@ def image_formats() -> list[str]:
 
 
 @cache
+def image_suffixes() -> frozenset[str]:
+    """Of the files that PIL writes in these formats, such as `".jpg"`, in lower case."""
+    # MPO is read as a kind of JPEG.
+    formats = {*image_formats(), "MPO"}
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
+
+
+@cache
 def register_heif() -> None:
-    if importlib.util.find_spec("pillow_heif"):
+    with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
 
 
@@ -466,6 +478,8 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
     def fetch_images(self, image_url_or_urls, allow_urls=None, max_image_pixels=None):
         """Reads paths, URLs and base64 strings; passes images on, with a channel dimension where they have none."""
         given = image_url_or_urls
+        if isinstance(given, PIL.Image.Image):
+            return given
         allow_urls = self.allow_urls if allow_urls is None else allow_urls
         max_image_pixels = self.max_image_pixels if max_image_pixels is None else max_image_pixels
         if isinstance(given, (str, os.PathLike)):
@@ -544,16 +558,18 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         data = {"hidden_states": hidden_states, "grid_thw": features["image_grid_thw"]}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
+    image_suffixes = staticmethod(image_suffixes)
     open_image = staticmethod(open_image)
 
     def target_size(self, images_kwargs: Mapping[str, Any] | None = None) -> TargetSize:
         """How a call with these arguments resizes; raises what the call would."""
-        given = lower_minimum(images_kwargs or {}, self.min_patches)
-        validate_typed_dict(self.valid_kwargs, given)
-        kwargs = self._standardize_kwargs(
-            **{name: getattr(self, name, None) for name in self._valid_kwargs_names} | given
-        )
-        self._validate_preprocess_kwargs(**kwargs)
+        kwargs: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        # Its own were checked when it was made.
+        if images_kwargs:
+            given = lower_minimum(images_kwargs, self.min_patches)
+            validate_typed_dict(self.valid_kwargs, given)
+            kwargs = self._standardize_kwargs(**kwargs | given)
+            self._validate_preprocess_kwargs(**kwargs)
         return TargetSize(**{name: kwargs[name] for name in TargetSize._fields})
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
 from .layout_aimv2_packing import kind_of
-from .loading_aimv2_packing import refuse_random_weights
-from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
+from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel, refuse_random_weights
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):

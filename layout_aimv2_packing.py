@@ -447,9 +447,11 @@ def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
     Raises:
         ValueError: not a `PackedLayout`, or not of so many patches.
     """
+    if type(layout).__name__ == PackedLayout.__name__ and not isinstance(layout, PackedLayout):
+        # transformers' loader makes a package of each file that it is asked for, so this file can be there twice.
+        layout = PackedLayout(**vars(layout))
     if not isinstance(layout, PackedLayout):
-        kind = f"{type(layout).__module__}.{type(layout).__name__}"
-        raise ValueError(f"`layout` must be a {PackedLayout.__module__}.PackedLayout, got {kind}.")
+        raise ValueError(f"`layout` must be a PackedLayout, what `packed_layout` returns, got {type(layout).__name__}.")
     if torch.compiler.is_compiling() or is_traced():
         # A guard on each length would compile anew for each mix.
         return layout

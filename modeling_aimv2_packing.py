@@ -9,19 +9,21 @@ stays inside a segment. Everything else in the model works on one patch at a tim
 Letters in the comments: N patches of all images together, S segments, D hidden size, H heads, K = D / H head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
-from .checkpointing_aimv2_packing import Aimv2PackingCheckpointingLayer
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
@@ -40,7 +42,6 @@ from .layout_aimv2_packing import (
     with_runs,
     zero_if_of_one_length,
 )
-from .loading_aimv2_packing import refuse_random_weights
 
 
 # Attention
@@ -168,6 +169,71 @@ def segment_attention(
         if maps is not None:
             maps += weights.unbind(0)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+# Gradient checkpointing
+
+# Where modules are defined whose forward draws no random number, but by the `nn.Dropout`s below them.
+DETERMINISTIC = {
+    __name__,
+    "torch.nn.modules.linear",
+    "torch.nn.modules.normalization",
+    "torch.nn.modules.module",  # containers
+    "peft.tuners.lora.layer",
+}
+ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
+    """
+    A layer with a `config`, checkpointed without the state of the random generators where nothing may draw from them:
+    to save and restore it once a layer, as `torch.utils.checkpoint` does unless told otherwise, takes about a seventh
+    of a step.
+    """
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        function: Any = self.__dict__.get("_gradient_checkpointing_func")
+        # Set by transformers, with the arguments of `torch.utils.checkpoint.checkpoint`.
+        keywords = getattr(function, "keywords", {})
+        if (
+            "use_reentrant" not in keywords
+            or "preserve_rng_state" in keywords
+            or torch.compiler.is_compiling()
+            or may_draw_random_numbers(self)
+        ):
+            return function
+        return partial(function, preserve_rng_state=False)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]):
+        self.__dict__["_gradient_checkpointing_func"] = function
+
+
+def may_draw_random_numbers(layer: nn.Module) -> bool:
+    """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
+    config = layer.config
+    if config.attention_dropout or not (
+        config._attn_implementation in ("sdpa", "eager") or is_flash_attention_requested(config)
+    ):
+        return True
+    return not all(map(draws_nothing, layer.modules()))
+
+
+def draws_nothing(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if hooks and not all(map(is_of_torch_distributed, chain(hooks.values(), module._forward_pre_hooks.values()))):
+        return False
+    if "forward" in module.__dict__:
+        return False
+    if type(module) in DROPOUTS:
+        return not module.training or module.p == 0
+    return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
+
+
+def is_of_torch_distributed(hook: Callable[..., Any]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 # Layers
@@ -350,6 +416,32 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+
+
+def refuse_random_weights(
+    cls: type, source: str | None, info: dict[str, Any], newly_initialized: Sequence[str]
+) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
+            module of theirs is in `newly_initialized`.
+    """
+    random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+    missing = sorted(
+        name for name in random if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
+    )
+    if not missing:
+        return
+    advice = (
+        "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
+        if all(name.startswith("head.") for name in missing)
+        else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
+    )
+    raise ValueError(
+        f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
+        f"{len(missing)} weights, "
+        f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
+    )
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):

@@ -2,10 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Sentence Transformers loads: images of any sizes, and texts where the model has them, as one vector each."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sentence_transformers.base.modules.transformer import Transformer
+
+
+try:
+    from sentence_transformers.base.modules.transformer import Transformer
+except ImportError as error:
+    raise ImportError("This needs Sentence Transformers: `pip install 'sentence-transformers>=6.2'`.") from error
 
 from .batching_aimv2_packing import PatchBudgetBatchSampler
 
@@ -33,23 +40,76 @@ class Aimv2PackingTransformer(Transformer):
             raise ValueError(f"`patches_per_forward` must be at least 1, got {patches_per_forward}.")
         super().__init__(model_name_or_path, **kwargs)
         self.patches_per_forward = patches_per_forward
+        self.image_suffixes = getattr(self.processor, "image_processor", self.processor).image_suffixes()
         if self.tokenizer is not None:
             # Beyond it there are no positions; Sentence Transformers truncates to it.
             longest = self.config.text_config.max_position_embeddings
             self.tokenizer.model_max_length = min(self.tokenizer.model_max_length, longest)
 
+    def _image_named(self, sample: Any) -> Any:
+        """
+        `sample`, or `{"image": sample}` where it is a path of an image.
+
+        Raises:
+            ValueError: it is a dictionary of several images.
+        """
+        if isinstance(sample, os.PathLike):
+            return {"image": sample}
+        if isinstance(sample, dict) and isinstance(sample.get("image"), (list, tuple)):
+            if len(sample["image"]) != 1:
+                raise ValueError(f"An input must hold one image, got {len(sample['image'])}.")
+            return {**sample, "image": sample["image"][0]}
+        if isinstance(sample, str) and os.path.splitext(sample)[1].lower() in self.image_suffixes:
+            return {"image": sample} if os.path.isfile(sample) else sample
+        return sample
+
+    def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """
+        Args:
+            inputs (sequence): All images or all texts. A `Path` and `{"image": ...}` are images. A string is an image
+                where it is an existing file with the suffix of a format that the image processor reads, or what
+                Sentence Transformers takes for the URL of an image; else it is a text.
+            args, kwargs: As for [`~sentence_transformers.base.modules.transformer.Transformer`].
+
+        Returns:
+            `dict`: For images `image_grid_thw` of shape `(num_images, 3)` and `pixel_values` of shape `(total_patches,
+            num_channels * patch_size**2)`, the model's `grid_thw` and `hidden_states`.
+
+        Raises:
+            FileNotFoundError: a path is no file.
+            ValueError: images and texts in one batch, or several images in one input.
+        """
+        features = super().preprocess([self._image_named(sample) for sample in inputs], *args, **kwargs)
+        if features.get("modality") != "image":
+            return features
+        grid_thw = features["grid_thw"]
+        if len(grid_thw) != len(inputs):
+            raise ValueError(f"An input must hold one image, got {len(grid_thw)} in {len(inputs)} inputs.")
+        # By these names trainers and losses of Sentence Transformers find and cut packed images. The first tensor tells
+        # them the number of samples.
+        named = {"image_grid_thw": grid_thw, "pixel_values": features["hidden_states"]}
+        return named | {key: value for key, value in features.items() if key not in ("grid_thw", "hidden_states")}
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """
         Adds `sentence_embedding` of shape `(num_images or num_texts, embedding_dimension)` to `features`, in their
         order and not normalised.
+
+        Raises:
+            ValueError: the embeddings of all layers are asked for.
         """
+        if self.config.output_hidden_states:
+            raise ValueError(
+                "This model gives one vector per input and no embeddings of its layers: `output_hidden_states`, "
+                "`AdaptiveLayerLoss` and `Matryoshka2dLoss` cannot be used with it."
+            )
         if features.get("modality") != "image":
             return super().forward(features, **kwargs)
-        grid_thw = features["grid_thw"].cpu()
+        grid_thw = features["image_grid_thw"].cpu()
         lengths = grid_thw.prod(dim=1)
         budget = max(self.patches_per_forward, int(lengths.max()))
         batches = PatchBudgetBatchSampler(lengths.tolist(), budget)
-        patches = features["hidden_states"].split([int(lengths[batch].sum()) for batch in batches])
+        patches = features["pixel_values"].split([int(lengths[batch].sum()) for batch in batches])
         vectors = []
         for batch, hidden_states in zip(batches, patches, strict=True):
             part = {**features, "hidden_states": hidden_states, "grid_thw": grid_thw[batch]}

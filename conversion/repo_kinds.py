@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .code_files import CODE_FILES, REPO, with_imports
+from .local_code import local_class
 from .safetensors_files import read_json
 
+
+sentence_transformers_files = local_class("configuration_aimv2_packing.sentence_transformers_files")
 
 # `model_type` of what this repo's models load.
 CONVERTED_TYPES = ("aimv2_packing", "aimv2_packing_image_text")
@@ -73,24 +76,8 @@ class RepoKind:
 
     @property
     def sentence_transformers(self) -> dict[str, Any]:
-        """
-        The two files that make a repo a Sentence Transformers model, by name. An image is what the visual projection
-        gives, or the head, or else the mean over its patches; a text is what the text projection gives.
-        """
-        names = ("image", "text") if self.image_text else ("image",)
-        modalities = {name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in names}
-        module = {
-            "idx": 0,
-            "name": "0",
-            "path": "",
-            "type": "sentence_transformers_aimv2_packing.Aimv2PackingTransformer",
-        }
-        settings = {
-            "transformer_task": "feature-extraction",
-            "modality_config": modalities,
-            "module_output_name": "sentence_embedding",
-        }
-        return {"modules.json": [module], "sentence_bert_config.json": settings}
+        """`modules.json` and `sentence_bert_config.json`, which a configuration with this `auto_map` writes."""
+        return sentence_transformers_files(self.image_text)
 
     @property
     def code_files(self) -> tuple[Path, ...]:
@@ -103,10 +90,9 @@ class RepoKind:
         return with_imports(*sorted({name.rpartition(".")[0] for name in named}))
 
     def write_json(self, folder: Path) -> None:
-        """Writes the files of Sentence Transformers, and `processor_config.json` where there are texts."""
-        files = self.sentence_transformers | ({"processor_config.json": PROCESSOR} if self.image_text else {})
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        """Writes `processor_config.json` where there are texts."""
+        if self.image_text:
+            (folder / "processor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
 
 
 def why_not_converted(folder: Path) -> str | None:

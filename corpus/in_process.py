@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corpus.ids import IdSet
-from corpus.inputs import InputError
+from corpus.inputs import InputError, Part
 from corpus.interrupts import Interrupts
-from corpus.job import Job, Part
 from corpus.models import device_of
 from corpus.options import Options
-from corpus.output import summary_of
+from corpus.output import counts_of
 from corpus.readers import FILES_AT_ONCE, read
+from corpus.rows import IdSet
+from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
 
@@ -86,9 +86,9 @@ def encode(
         if table is None:
             break
         table = table[: sink.room_for(len(table))]
-        counts = summary_of(table, "")
-        sink.progress.add(counts.images, counts.patches, sum(count for count, _ in counts.errors.values()))
-        sink.add(table, len(table), table.nbytes)
+        counts = counts_of(table)
+        sink.progress.add(counts)
+        sink.add((table, counts), len(table), table.nbytes)
         if sink.is_due():
             write(sink)
     write(sink)
@@ -102,7 +102,7 @@ def raise_errors(loader: DataLoader) -> Iterator[Batch]:
 
 
 def write(sink: Sink) -> None:
-    tables, rows = sink.take()
+    taken, rows = sink.take()
     if rows:
-        table = pa.concat_tables(tables)
-        sink.publish(summary_of(table, sink.output.write(table)))
+        tables, counts = zip(*taken, strict=True)
+        sink.publish(sink.output.write_rows(pa.concat_tables(tables)), counts)

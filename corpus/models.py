@@ -11,7 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from conversion.hub_files import download_files, require_converted
 from conversion.local_code import local_class
-from corpus.settings import Settings
+from conversion.messages import printable
+from corpus.settings import Settings, config_of
 
 
 def model_folder(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -19,13 +20,18 @@ def model_folder(model: str, revision: str | None) -> tuple[str, str | None]:
     The folder of a model repo, downloaded where it is on the Hub, and its commit there.
 
     Raises:
-        ValueError: there is no such folder or repo, or it is no packed AIMv2 model.
+        ValueError: there is no such folder or repo, it is no packed AIMv2 model, or other files change what it is.
     """
     try:
         commit = require_converted(model, revision)
         folder = download_files(model, commit, ["*.json", "*.safetensors"]) if commit else Path(model).expanduser()
     except ValueError as error:
         raise ValueError(f"`--model` {error}") from error
+    # Each would change what is loaded, and is in no hash.
+    if others := {"configuration_files", "transformers_weights"} & config_of(str(folder)).keys():
+        raise ValueError(f"`--model` {printable(model)} names other files to read in config.json ({min(others)}).")
+    if os.path.lexists(os.path.join(folder, "adapter_config.json")):
+        raise ValueError(f"`--model` {printable(model)} holds an adapter (adapter_config.json): merge it first.")
     return os.path.abspath(folder), commit
 
 
@@ -38,6 +44,8 @@ def load_model(folder: str, settings: Settings):
     """
     disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
+    # Or the pickle of a folder that holds both would be read.
+    options["use_safetensors"] = True
     if settings.pooling == "projection":
         model_class = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
     else:

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ import ray.data
 import torch
 
 from conversion.local_code import CODE_FOLDER, local_class
-from corpus.ids import IdSet
+from corpus.inputs import Part
 from corpus.interrupts import Interrupts
-from corpus.job import Image, Job, Part
 from corpus.options import Options
-from corpus.output import Written
-from corpus.rows import PATCH_SCHEMA, table_of
+from corpus.rows import PATCH_SCHEMA, IdSet, Image, table_of
+from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
 from corpus.tasks import FILES_PER_BLOCK, count, read_stage, write
@@ -251,20 +250,23 @@ def publish_all(feed: Feed, sink: Sink, interrupts: Interrupts) -> None:
     # Without a share of the CPUs, which the stages hold.
     write_task, count_task = (ray.remote(num_cpus=0)(function) for function in (write, count))
     location = sink.output.fs.unstrip_protocol(sink.output.path)
-    writes: list[ray.ObjectRef] = []
-    counts: list[ray.ObjectRef] = []
+    # The counts of the rows of each file that is being written.
+    writes: dict[ray.ObjectRef, list[ray.ObjectRef]] = {}
+    counts: dict[ray.ObjectRef, None] = {}
 
     def start_write() -> None:
-        refs, rows = sink.take()
+        taken, rows = sink.take()
         if rows:
-            writes.append(write_task.remote(location, rows, *refs))
+            blocks, block_counts = zip(*taken, strict=True)
+            writes[write_task.remote(location, rows, *blocks)] = list(block_counts)
 
     def settle(timeout: float | None) -> None:
         """Counts what is encoded and publishes what is written by then."""
-        for written in finished(counts, timeout):
-            sink.progress.add(written.images, written.patches, sum(n for n, _ in written.errors.values()))
-        for written in finished(writes, timeout):
-            sink.publish(written)
+        for count_ref in finished(counts, timeout):
+            del counts[count_ref]
+            sink.progress.add(ray.get(count_ref))
+        for write_ref in finished(writes, timeout):
+            sink.publish(ray.get(write_ref), ray.get(writes.pop(write_ref)))
 
     end: BaseException | None = None
     while not sink.is_full():
@@ -281,25 +283,24 @@ def publish_all(feed: Feed, sink: Sink, interrupts: Interrupts) -> None:
         if block:
             ref, rows, size = block
             rows = sink.room_for(rows)
-            counts.append(count_task.remote(rows, ref))
-            sink.add(ref, rows, size)
+            count_ref = count_task.remote(rows, ref)
+            counts[count_ref] = None
+            sink.add((ref, count_ref), rows, size)
         if sink.is_due():
             start_write()
         settle(timeout=0)
         if len(writes) > WRITES_AT_ONCE:
-            ray.wait(writes)
+            ray.wait(list(writes))
     start_write()
     settle(timeout=None)
     if end:
         raise end
 
 
-def finished(tasks: list[ray.ObjectRef], timeout: float | None) -> list[Written]:
-    """The results of the tasks that have ended by then, which leave the list."""
-    if not tasks:
-        return []
-    ended, tasks[:] = ray.wait(tasks, num_returns=len(tasks), timeout=timeout)
-    return ray.get(ended)
+def finished(tasks: Iterable[ray.ObjectRef], timeout: float | None) -> list[ray.ObjectRef]:
+    """The tasks that have ended by then."""
+    refs = list(tasks)
+    return ray.wait(refs, num_returns=len(refs), timeout=timeout)[0] if refs else []
 
 
 def plain(error: BaseException) -> Exception:

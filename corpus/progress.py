@@ -5,57 +5,84 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from corpus.output import Written, add_errors
+from conversion.messages import printable
+from corpus.output import Counts, add_errors
 
 
-# Of the rate that is shown, and the names of a list that are printed.
+# Of the rate that is shown, between the lines of a log, and the names of a list that are printed.
 WINDOW_SECONDS = 60
+LINE_SECONDS = 60
 FIRST_NAMES = 3
 
 
 class Progress:
-    """A line with the images encoded, the patches per second of the last minute, the errors and the time left."""
+    """
+    The images encoded, the errors, the time left and the patches per second of the last minute: on a terminal a line
+    that changes, elsewhere a line a minute.
 
-    def __init__(self, total: int | None, done: int):
-        # A log file gets a line now and then.
-        interval = 0.5 if sys.stderr.isatty() else 30
+    Args:
+        total (`int`, *optional*): Images of the input, where they are counted.
+        done (`int`): Of those, what was done before.
+        file_of (callable, *optional*): The number of the file that an id comes from, as "archive 3 of 6".
+    """
+
+    def __init__(self, total: int | None, done: int, file_of: Callable[[str], str] | None = None):
+        self.is_terminal = sys.stderr.isatty()
+        # What a narrow terminal cuts off comes last.
         form = (
-            "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} images{postfix}" if total else "{n_fmt} images{postfix}"
+            "{percentage:3.0f}% {n_fmt}/{total_fmt} images{postfix} |{bar:20}|" if total else "{n_fmt} images{postfix}"
         )
-        self.bar = tqdm(total=total, initial=done, bar_format=form, mininterval=interval, dynamic_ncols=True)
-        self.begun = time.perf_counter()
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            bar_format=form,
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not self.is_terminal,
+        )
+        self.total, self.done, self.file_of = total, done, file_of
+        self.begun = self.last_line = time.perf_counter()
         self.samples: deque[tuple[float, int, int]] = deque()
         self.first: tuple[float, int] | None = None
         self.last = self.begun
         self.images = self.patches = self.errors = 0
 
-    def add(self, images: int, patches: int, errors: int) -> None:
+    def add(self, counts: Counts) -> None:
         now = time.perf_counter()
-        self.images += images
-        self.patches += patches
-        self.errors += errors
+        self.images += counts.images
+        self.patches += counts.patches
+        self.errors += counts.failed()
         self.samples.append((now, self.images, self.patches))
         if self.first is None:
             self.first = now, self.patches
         self.last = now
         while len(self.samples) > 2 and self.samples[1][0] < now - WINDOW_SECONDS:
             self.samples.popleft()
-        self.bar.set_postfix_str(self.described(), refresh=False)
-        self.bar.update(images)
+        described = self.described(counts.last_id)
+        if self.is_terminal:
+            self.bar.set_postfix_str(described, refresh=False)
+            self.bar.update(counts.images)
+        elif now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            number = self.done + self.images
+            share = f"{number / self.total:4.0%} {number:,}/{self.total:,}" if self.total else f"{number:,}"
+            print(f"{share} images, {described}", file=sys.stderr, flush=True)
 
-    def described(self) -> str:
+    def described(self, last_id: str) -> str:
         (start, images, patches), (stop, more_images, more_patches) = self.samples[0], self.samples[-1]
-        errors = f"{self.errors:,} errors"
-        if stop == start:
-            return errors
-        rate = f"{(more_patches - patches) / (stop - start):,.0f} patches/s"
-        if self.bar.total and more_images > images:
-            left = (self.bar.total - self.bar.n) * (stop - start) / (more_images - images)
-            return f"{rate}, {errors}, {tqdm.format_interval(left)} left"
-        return f"{rate}, {errors}"
+        parts = [f"{self.errors:,} errors"]
+        if self.total and more_images > images:
+            left = (self.total - self.done - self.images) * (stop - start) / (more_images - images)
+            parts.append(f"{tqdm.format_interval(left)} left")
+        if self.file_of is not None:
+            parts.append(self.file_of(last_id))
+        if stop > start:
+            parts.append(f"{(more_patches - patches) / (stop - start):,.0f} patches/s")
+        return ", ".join(parts)
 
     def close(self) -> None:
         self.bar.close()
@@ -79,10 +106,10 @@ class Summary:
         self.images = self.patches = 0
         self.errors: dict[str, tuple[int, list[str]]] = {}
 
-    def add(self, written: Written) -> None:
-        self.images += written.images
-        self.patches += written.patches
-        add_errors(self.errors, written.errors)
+    def add(self, counts: Counts) -> None:
+        self.images += counts.images
+        self.patches += counts.patches
+        add_errors(self.errors, counts.errors)
 
     def lines(self) -> list[str]:
         if not self.errors:
@@ -107,4 +134,4 @@ def skipped_lines(skipped: list[tuple[str, str]], file: str) -> list[str]:
 
 
 def some(names: list[str], count: int) -> str:
-    return ", ".join(names) + (", ..." if count > len(names) else "")
+    return ", ".join(map(printable, names)) + (", ..." if count > len(names) else "")

@@ -3,23 +3,21 @@
 """Files of the input to images that are not done."""
 
 import os
-import tarfile
 from collections.abc import Container, Iterable, Iterator
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from corpus.images import SIGNATURE_BYTES, has_image_name, has_image_signature
-from corpus.inputs import InputError, file_system, printable
-from corpus.job import Image, Job, Part
-from corpus.rows import stable_text
+from corpus.archives import read_archive
+from corpus.inputs import InputError, Part, bare, file_system, shown
+from corpus.rows import TOO_LARGE, Image, detail_of, stable_text
+from corpus.settings import Job
+from corpus.tables import read_row_group
 
 
 # Read at once: on an object store in parallel.
 FILES_AT_ONCE = 16
-ROWS_AT_ONCE = 64
+BYTES_AT_ONCE = 2**27
 
 
 def read(parts: Iterable[Part], kind: str, job: Job, done: Container[str]) -> Iterator[Image]:
@@ -42,81 +40,40 @@ def read(parts: Iterable[Part], kind: str, job: Job, done: Container[str]) -> It
         except Exception as error:
             check_input(job, part)
             if part.name not in done:
-                yield Image(part.name, stable_text(error), None)
+                yield Image(part.name, detail_of(error), None)
 
 
 def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
-    for first in range(0, len(parts), FILES_AT_ONCE):
-        some = parts[first : first + FILES_AT_ONCE]
+    for some in together(parts):
         for source in dict.fromkeys(part.source for part in some):
             fs, _ = file_system(job.inputs[source])
             of_source = [part for part in some if part.source == source]
-            # Unlike `cat`, takes no name for a pattern.
-            read = fs.cat_ranges([part.path for part in of_source], None, None, on_error="return")
-            for part, data in zip(of_source, read, strict=True):
+            readable = [part for part in of_source if part.size <= job.max_image_bytes]
+            # Unlike `cat`, takes no name for a pattern. What has grown since is read as far as it may be large.
+            paths, limit = [part.path for part in readable], job.max_image_bytes + 1
+            read = fs.cat_ranges(paths, 0, limit, on_error="return") if paths else []
+            found = dict(zip(readable, read, strict=True))
+            for part in of_source:
+                data = found.get(part)
                 if isinstance(data, Exception):
                     check_input(job, part)
-                    yield Image(part.name, stable_text(data), None)
+                    yield Image(part.name, detail_of(data), None)
+                elif data is None or len(data) > job.max_image_bytes:
+                    yield Image(part.name, detail_of(ValueError(TOO_LARGE)), None)
                 else:
                     yield Image(part.name, None, data)
 
 
-def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
-    fs, _ = file_system(job.inputs[part.source])
-    seen: dict[str, int] = {}
-    with fs.open(part.path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as archive:
-        for member in archive:
-            if not member.isfile():
-                continue
-            seen[member.name] = seen.get(member.name, 0) + 1
-            # tar allows two files of one name.
-            copy = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-            id_ = f"{part.name}/{printable(member.name)}{copy}"
-            if id_ in done:
-                continue
-            named = has_image_name(member.name, job.image_formats)
-            try:
-                opened = archive.extractfile(member)
-                data = opened.read(SIGNATURE_BYTES) if opened else b""
-                if not named and not has_image_signature(data, job.image_formats):
-                    continue
-                data += opened.read() if opened else b""
-            except (OSError, tarfile.TarError) as error:
-                if named:
-                    yield Image(id_, stable_text(error), None)
-                continue
-            yield Image(id_, None, data)
-
-
-def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
-    fs, _ = file_system(job.inputs[part.source])
-    settings = job.settings
-    with fs.open(part.path, "rb") as opened, pq.ParquetFile(opened) as file:
-        if settings.id_column:
-            column = file.read_row_group(part.row_group, columns=[settings.id_column])[settings.id_column]
-            ids = [str(value) for value in column.to_pylist()]
-        else:
-            rows = file.metadata.row_group(part.row_group).num_rows
-            ids = [f"{part.name}#{part.first_row + row}" for row in range(rows)]
-        missing = [id_ not in done for id_ in ids]
-        if not any(missing):
-            return
-        row = 0
-        columns = [settings.image_column]
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[part.row_group], columns=columns):
-            for value in batch.column(0):
-                if missing[row]:
-                    yield image_of(ids[row], value)
-                row += 1
-
-
-def image_of(id_: str, value: pa.Scalar) -> Image:
-    """The bytes of a binary value, or of the `{"bytes", "path"}` that the datasets library writes."""
-    data = value.as_py()
-    data = data.get("bytes") if isinstance(data, dict) else data
-    if not isinstance(data, bytes):
-        return Image(id_, f"ValueError: the image must be bytes, got {type(data).__name__}", None)
-    return Image(id_, None, data)
+def together(parts: list[Part]) -> Iterator[list[Part]]:
+    """Files that are read at once."""
+    some: list[Part] = []
+    for part in parts:
+        if some and (len(some) == FILES_AT_ONCE or sum(each.size for each in some) + part.size > BYTES_AT_ONCE):
+            yield some
+            some = []
+        some.append(part)
+    if some:
+        yield some
 
 
 def check_input(job: Job, part: Part) -> None:
@@ -126,9 +83,9 @@ def check_input(job: Job, part: Part) -> None:
     Raises:
         InputError: it is gone.
     """
-    location = job.inputs[part.source]
-    fs, _ = file_system(location)
-    root = part.path.rsplit("/", part.name.count("/") + 1)[0] or "/"
+    fs, _ = file_system(job.inputs[part.source])
+    location = shown((job.inputs[part.source],))
+    root = bare(fs, part.path).rsplit("/", part.name.count("/") + 1)[0] or "/"
     try:
         there = has_entries(fs, root)
     except Exception as error:

@@ -6,24 +6,25 @@ import os
 from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from PIL import Image
 
 from conversion.local_code import CODE_FOLDER, local_class
+from conversion.messages import printable, without_credentials
 from corpus import in_process
-from corpus.ids import IdSet
+from corpus.done import changed_line, done_of, note_redone
 from corpus.inputs import Corpus, corpus_of
 from corpus.interrupts import Interrupts
-from corpus.job import Job
 from corpus.models import device_of, load_processor, model_folder
 from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
-from corpus.settings import Settings, code_hash, config_of, processor_of, weights_of
+from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
+from corpus.shards import keep_shard, mark_complete, output_of, unmark
 from corpus.sink import Sink
 from corpus.stages import check_pooling
+from corpus.tables import add_rows
 
 
 # Of a batch by default: what fills a GPU, and on a CPU what comes soon.
@@ -48,41 +49,53 @@ def run(options: Options) -> None:
         # Or what still runs when a failed run ends would start Ray once more.
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         engine = import_module("corpus.on_ray")
-    output = Output(options.output)
+    output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
     with Interrupts() as interrupts, output.opened():
         note_settings(output, job, corpus, options)
         output.write_skipped(corpus.skipped)
-        done, retried, elsewhere, failed = done_of(output, corpus, options.retry_errors)
-        if elsewhere:
-            print(f"{elsewhere:,} rows of the output are of images that are not in the input; they are kept.")
+        done = done_of(output, corpus, options.retry_errors, options.redo_changed)
+        if done.elsewhere:
+            print(f"{done.elsewhere:,} rows of the output are of images that are not in the input; they are kept.")
+        if done.changed:
+            print(changed_line(done, options.redo_changed))
         parts = corpus.parts
         if corpus.kind == "image":
-            parts = [part for part in parts if part.name not in done][: options.limit]
-        missing = None if corpus.total is None else corpus.total - len(done)
-        skipped = skipped_lines(corpus.skipped, f"{options.output.rstrip('/')}/{SKIPPED}")
-        if missing == 0:
-            print(f"All {corpus.total:,} images were done before.")
+            parts = [part for part in parts if part.name not in done.ids][: options.limit]
+        missing = None if corpus.total is None else corpus.total - len(done.ids)
+        skipped = skipped_lines(corpus.skipped, f"{output.shown.rstrip('/')}/{SKIPPED}")
+        is_shard, is_complete = options.num_shards is not None, True
+        if missing == 0 or not parts:
+            print(f"All {corpus.total or 0:,} images were done before.")
         else:
             # None where the members of archives are not counted.
             wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
             summary = Summary()
-            progress = Progress(wanted, 0) if options.limit else Progress(corpus.total, len(done))
+            total, before = (wanted, 0) if options.limit else (corpus.total, len(done.ids))
+            progress = Progress(total, before, corpus.position())
             seconds = options.flush_minutes * 60
-            sink = Sink(output, retried, options.rows_per_file, seconds, progress, summary, options.limit)
+            sink = Sink(output, done.retried, options.rows_per_file, seconds, progress, summary, options.limit)
+            is_complete = False
+            if is_shard:
+                unmark(output)
             try:
-                engine.encode(job, corpus.kind, parts, done, options, sink, interrupts)
+                engine.encode(job, corpus.kind, parts, done.ids, options, sink, interrupts)
+                is_complete = not sink.is_full()
             finally:
                 progress.close()
+                if options.retry_errors or options.redo_changed:
+                    note_redone(output, corpus, done, is_complete)
                 print(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
-                print("\n".join([*summary.lines(), f"{len(done):,} were done before."]))
+                print("\n".join([*summary.lines(), f"{len(done.ids):,} were done before."]))
             if missing is not None and wanted is not None and summary.images < wanted:
                 raise RuntimeError(
                     f"{wanted - summary.images:,} images of the input have no row, because the input has changed or a "
                     "worker was lost: run again."
                 )
-        if failed and not options.retry_errors:
-            print(f"{failed:,} rows from before hold an error; --retry-errors tries them again.")
+        if is_shard and is_complete:
+            mark_complete(output)
+        if done.failed and not options.retry_errors:
+            print(f"{done.failed:,} rows from before hold an error; --retry-errors tries them again.")
         if skipped:
             print("\n".join(skipped))
 
@@ -114,8 +127,15 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     # Workers have other working folders.
     inputs = tuple(location if ":" in location else os.path.abspath(location) for location in options.input)
     formats = tuple(local_class("image_processing_aimv2_packing.image_formats")())
-    corpus = corpus_of(inputs, options.output, formats, options.image_column, options.id_column)
+    corpus = corpus_of(inputs, options.output, formats)
     is_parquet = corpus.kind == "parquet"
+    if is_parquet:
+        if options.num_shards is not None and options.id_column is None:
+            keep_shard(corpus, options.num_shards, options.shard_index or 0)
+        # An id may come twice in files of different shards.
+        add_rows(corpus, inputs, options.image_column, options.id_column)
+    if options.num_shards is not None:
+        keep_shard(corpus, options.num_shards, options.shard_index or 0)
     settings = Settings(
         weights=weights_of(folder),
         config=config_of(folder),
@@ -125,6 +145,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         patch_features=options.patch_features,
         image_column=options.image_column if is_parquet else None,
         id_column=options.id_column if is_parquet else None,
+        embedding_dtype=options.embedding_dtype,
     )
     job = Job(
         model=folder if commit is None else options.model,
@@ -134,6 +155,8 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         image_size=options.image_size,
         patches_per_batch=patches_per_batch,
         image_formats=formats,
+        max_image_bytes=options.max_image_bytes,
+        max_image_pixels=options.max_image_pixels,
         settings=settings,
     )
     return job, corpus
@@ -150,22 +173,20 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
     begun = {
         "model": options.model,
         "commit": job.revision,
-        "input": list(job.inputs),
+        "input": [without_credentials(location) for location in job.inputs],
         "code": code_hash(CODE_FOLDER),
     }
     if output.files():
         if record is None:
             raise ValueError(
-                f"`--output` {options.output} holds Parquet files but no record of what they were made with: give "
+                f"`--output` {output.shown} holds Parquet files but no record of what they were made with: give "
                 "another output."
             )
-        if "weights" not in record:
-            check_old_record(record, job.settings, options)
-        elif found := job.settings.differences(record):
+        if found := job.settings.differences(record):
             was = record["begun"]
             commit = f" at commit {was['commit']}" if was["commit"] else ""
             raise ValueError(
-                f"`--output` {options.output} was begun with {was['model']}{commit}, and its rows were made with "
+                f"`--output` {output.shown} was begun with {was['model']}{commit}, and its rows were made with "
                 f"something else: {'; '.join(found)}. Give what it was begun with, or another output."
             )
         else:
@@ -173,60 +194,8 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
             if was["code"] != begun["code"]:
                 print("The code has changed since this output was begun or last resumed; the rows there are kept.")
             if was["input"] != begun["input"]:
-                print(
-                    f"This output was last given --input {' '.join(was['input'])}; its ids are taken for those of this "
-                    "input."
-                )
+                before = " ".join(map(printable, was["input"]))
+                print(f"This output was last given --input {before}; its ids are taken for those of this input.")
     new = {**asdict(job.settings), "begun": begun}
     if record != new:
         output.write_record(new)
-
-
-def check_old_record(record: dict[str, Any], settings: Settings, options: Options) -> None:
-    """
-    Compares with a record that names the model and not its content.
-
-    Raises:
-        ValueError: what can be compared differs.
-    """
-    names = ["dtype", "pooling", "patch_features"]
-    if settings.image_column:
-        names += ["image_column", "id_column"]
-    now = {name: getattr(settings, name) for name in names} | {"model": options.model}
-    was = {**record, "model": record["model"]}
-    if os.path.isdir(options.model):
-        now["model"] = os.path.abspath(options.model)
-    for name, value in now.items():
-        if was.get(name) != value:
-            raise ValueError(
-                f"`--output` {options.output} was begun with {name}={was.get(name)!r}, got {value!r}, by a version "
-                "that recorded no more: give the same, or another output."
-            )
-    print(
-        "This output was begun by a version that did not record the weights and the image processor: they are taken to "
-        "be those of the model now."
-    )
-
-
-def done_of(output: Output, corpus: Corpus, retry_errors: bool) -> tuple[IdSet, dict[str, str], int, int]:
-    """
-    The ids of the input that are done, the files of the error rows that are to be tried again, and how many rows are of
-    no image of the input, and of one that holds an error.
-    """
-    retried: dict[str, str] = {}
-    elsewhere = failed = 0
-
-    def done() -> Any:
-        nonlocal elsewhere, failed
-        for file, id_, error in output.rows():
-            if not corpus.holds(id_):
-                elsewhere += 1
-                continue
-            failed += error is not None
-            if error is not None and retry_errors:
-                retried[id_] = file
-            else:
-                yield id_
-
-    ids = IdSet(done())
-    return ids, retried, elsewhere, failed

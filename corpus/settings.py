@@ -13,6 +13,8 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import constants
 
+from conversion.messages import printable
+
 
 # Of config.json: what says nothing about the features.
 VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
@@ -47,18 +49,36 @@ class Settings:
     patch_features: str | None
     image_column: str | None
     id_column: str | None
+    embedding_dtype: str = "float32"
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What is not the same in a record of other settings, each as "NAME is VALUE, was VALUE"."""
         found = []
         for name, value in vars(self).items():
-            was = other.get(name)
+            # An output of before a setting was there has its default.
+            was = other.get(name, getattr(type(self), name, None))
             if isinstance(value, dict) and isinstance(was, dict):
                 keys = sorted(key for key in value.keys() | was.keys() if value.get(key) != was.get(key))
                 found += [f"{name}.{key} is {value.get(key)!r}, was {was.get(key)!r}" for key in keys]
             elif value != was:
                 found.append(f"{name} is {shown(value)}, was {shown(was)}")
         return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """`model` is a folder or an id of the Hub, whose commit is `revision`."""
+
+    model: str
+    revision: str | None
+    inputs: tuple[str, ...]
+    max_patches: int | None
+    image_size: int | None
+    patches_per_batch: int
+    image_formats: tuple[str, ...]
+    max_image_bytes: int
+    max_image_pixels: int
+    settings: Settings
 
 
 def shown(value: Any) -> str:
@@ -79,15 +99,19 @@ def processor_of(processor: Any) -> dict[str, Any]:
 
 def weights_of(folder: str) -> str:
     """
-    Hash of all files of weights in a folder.
+    Hash of the files of weights that transformers reads in a folder.
 
     Raises:
         ValueError: there are none.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no weights (.safetensors).")
-    return hashlib.sha256(json.dumps({file.name: file_hash(file) for file in files}).encode()).hexdigest()
+    names = ["model.safetensors"]
+    index = Path(folder, "model.safetensors.index.json")
+    if not Path(folder, names[0]).exists() and index.exists():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    missing = [name for name in names if not Path(folder, name).is_file() or os.path.basename(name) != name]
+    if missing:
+        raise ValueError(f"{printable(folder)} has no weights (.safetensors): {printable(missing[0])} is not there.")
+    return hashlib.sha256(json.dumps({name: file_hash(Path(folder, name)) for name in names}).encode()).hexdigest()
 
 
 def file_hash(file: Path) -> str:

@@ -3,10 +3,11 @@
 """Where encoded rows go: gathered until they make a file, counted, published."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.output import Output, Written
+from corpus.output import Counts, Output
 from corpus.progress import Progress, Summary
 
 
@@ -45,7 +46,7 @@ class Sink:
         return rows if self.limit is None else min(rows, self.limit - self.accepted)
 
     def add(self, item: Any, rows: int, size: int) -> None:
-        """An item that stands for encoded rows: a table, or a reference to one."""
+        """An item that stands for encoded rows: a table and its counts, or references to them."""
         if not self.waiting:
             self.since = time.monotonic()
         self.waiting.append(item)
@@ -65,6 +66,8 @@ class Sink:
         self.clear()
         return taken
 
-    def publish(self, written: Written) -> None:
-        self.output.publish(written.file, self.retried)
-        self.summary.add(written)
+    def publish(self, file: str, counts: Iterable[Counts]) -> None:
+        """Makes an unfinished file part of the output."""
+        self.output.publish(file, self.retried)
+        for count in counts:
+            self.summary.add(count)

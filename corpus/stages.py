@@ -3,23 +3,28 @@
 """Images to packed batches, and packed batches to rows of the output."""
 
 import io
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+import PIL.Image
 import pyarrow as pa
 import torch
 
 from conversion.local_code import local_class
-from corpus.job import Image, Job
 from corpus.models import load_model, load_processor, model_folder
-from corpus.rows import output_schema, stable_text
-from corpus.settings import config_of, processor_of, weights_of
+from corpus.rows import Image, detail_of, groupable, output_schema
+from corpus.settings import Job, config_of, processor_of, weights_of
 
 
 # So that a flood of errors is seen while it comes.
 IMAGES_PER_BATCH = 1024
+
+TOO_MANY_PIXELS = "ValueError: the image has more pixels than --max-image-pixels"
 
 
 class Batch(NamedTuple):
@@ -29,6 +34,15 @@ class Batch(NamedTuple):
     grids: torch.Tensor
     patches: torch.Tensor
     failed: list[tuple[str, str]]
+
+
+class Prepared(NamedTuple):
+    """One image: `patches` is (n, patch_dim) and `grid` int64 (3,), or `error` says why there are none."""
+
+    id: str
+    error: str | None
+    patches: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
 
 
 class Preparer:
@@ -44,52 +58,53 @@ class Preparer:
         self.processor = load_processor(folder, job.max_patches, job.image_size)
         check("processor", processor_of(self.processor), job.settings.processor)
         self.open_image = local_class("image_processing_aimv2_packing.open_image")
+        self.pack_in_order = local_class("batching_aimv2_packing.pack_in_order")
         self.dtype = getattr(torch, job.settings.dtype)
-        self.patches_per_batch = job.patches_per_batch
+        self.job = job
 
     def __call__(self, images: Iterable[Image]) -> Iterator[Batch]:
-        batch = self.empty_batch()
-        room = self.patches_per_batch
-        for id_, error, data in images:
-            if error is None:
-                try:
-                    patches, grid = self.prepare(data or b"")
-                # The decoders of PIL raise anything on a broken file.
-                except Exception as failure:
-                    batch.failed.append((id_, stable_text(failure)))
-                else:
-                    if len(patches) > room and batch.ids:
-                        yield packed(batch)
-                        batch, room = self.empty_batch(), self.patches_per_batch
-                    batch.ids.append(id_)
-                    batch.grids.append(grid)
-                    batch.patches.append(patches)
-                    room -= len(patches)
-            else:
-                batch.failed.append((id_, error))
-            if len(batch.ids) + len(batch.failed) == IMAGES_PER_BATCH:
-                yield packed(batch)
-                batch, room = self.empty_batch(), self.patches_per_batch
-        if batch.ids or batch.failed:
-            yield packed(batch)
+        def length(image: Prepared) -> int:
+            return 0 if image.patches is None else len(image.patches)
 
-    @staticmethod
-    def empty_batch() -> Any:
-        return Batch([], [], [], [])  # type: ignore[arg-type]
+        for group in self.pack_in_order(
+            map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH
+        ):
+            yield packed(group)
 
-    def prepare(self, data: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """The patches of one image, in the dtype of the model, and its row of `grid_thw`."""
-        with warnings.catch_warnings():
-            # On files that are odd and still decoded: one line each would bury the progress.
-            warnings.filterwarnings("ignore", module="PIL")
-            features = self.processor(self.open_image(io.BytesIO(data)), return_tensors="pt")
-        return features["hidden_states"].to(self.dtype), features["grid_thw"][0]
+    def prepare(self, image: Image) -> Prepared:
+        """The patches of one image, in the dtype of the model."""
+        if image.error is not None:
+            return Prepared(image.id, image.error)
+        try:
+            with warnings.catch_warnings(), pixel_limit(self.job.max_image_pixels):
+                # On files that are odd and still decoded: one line each would bury the progress.
+                warnings.filterwarnings("ignore", module="PIL")
+                features = self.processor(self.open_image(io.BytesIO(image.data or b"")), return_tensors="pt")
+        # The decoders of PIL raise anything on a broken file.
+        except Exception as failure:
+            too_large = isinstance(failure.__cause__, PIL.Image.DecompressionBombError)
+            return Prepared(image.id, TOO_MANY_PIXELS if too_large else detail_of(failure))
+        return Prepared(image.id, None, features["hidden_states"].to(self.dtype), features["grid_thw"][0])
 
 
-def packed(batch: Any) -> Batch:
-    grids = torch.stack(batch.grids) if batch.grids else torch.empty(0, 3, dtype=torch.int64)
-    patches = torch.cat(batch.patches) if batch.patches else torch.empty(0, 0)
-    return Batch(batch.ids, grids, patches, batch.failed)
+@contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """The most pixels of an image that PIL opens, which it checks before it decodes."""
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    # It warns above its limit, and raises above twice of it.
+    PIL.Image.MAX_IMAGE_PIXELS = pixels / 2  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = before
+
+
+def packed(group: list[Prepared]) -> Batch:
+    good = [image for image in group if image.error is None]
+    grids = torch.stack([image.grid for image in good]) if good else torch.empty(0, 3, dtype=torch.int64)
+    patches = torch.cat([image.patches for image in good]) if good else torch.empty(0, 0)
+    failed = [(image.id, image.error) for image in group if image.error is not None]
+    return Batch([image.id for image in good], grids, patches, failed)
 
 
 def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,9 +114,9 @@ def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[
 
 def mean(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     features = model(hidden_states, grids).last_hidden_state
-    lengths = grids.prod(1).to(features.device, non_blocking=True)
-    # Unsafe: the checks would wait for the device.
-    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True), features
+    cu_seqlens = torch.nn.functional.pad(grids.prod(1).cumsum(0), (1, 0)).to(features.device, non_blocking=True)
+    mean_over_segments = local_class("layout_aimv2_packing.mean_over_segments")
+    return mean_over_segments(features.float(), cu_seqlens), features
 
 
 def projection(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +165,18 @@ class Encoder:
         config = self.model.config
         hidden_size = getattr(config, "vision_config", config).hidden_size
         embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
-        self.schema = output_schema(embedding_size, job.settings.patch_features, hidden_size)
+        metadata = {
+            # Paths are of one machine.
+            "model": job.model if job.revision else os.path.basename(job.model),
+            "commit": job.revision or "",
+            "weights": job.settings.weights,
+            "pooling": job.settings.pooling,
+            "dtype": job.settings.dtype,
+            "patch_size": str(getattr(config, "vision_config", config).patch_size),
+        }
+        self.schema = output_schema(
+            embedding_size, job.settings.embedding_dtype, job.settings.patch_features, hidden_size, metadata
+        )
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
         # A device that computes on its own works on one batch while the one before becomes a table.
@@ -164,7 +190,7 @@ class Encoder:
             yield self.table_of(*started.popleft())
 
     @torch.inference_mode()
-    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def encode(self, batch: Batch) -> "Encoded | None":
         if not batch.ids:
             return None
         hidden_states = batch.patches.to(self.device, non_blocking=True)
@@ -175,32 +201,64 @@ class Encoder:
                 f"The device has no memory for {len(hidden_states)} patches at once: give a smaller "
                 "--patches-per-batch and run again."
             ) from error
-        if self.settings.patch_features:
-            return embeddings.float(), features.to(getattr(torch, self.settings.patch_features))
-        return embeddings.float(), None
+        embeddings = embeddings.to(getattr(torch, self.settings.embedding_dtype))
+        are_finite = embeddings.isfinite().all(1)
+        if self.settings.patch_features is None:
+            return Encoded(embeddings, are_finite)
+        features = features.to(getattr(torch, self.settings.patch_features))
+        return Encoded(embeddings, are_finite, features, features.isfinite().all(1))
 
-    def table_of(self, batch: Batch, outputs: tuple[torch.Tensor, torch.Tensor | None] | None) -> pa.Table:
-        ids, failed = batch.ids, [id_ for id_, _ in batch.failed]
-        errors = [None] * len(ids) + [error for _, error in batch.failed]
-        grids = batch.grids.tolist()
-        columns = {
-            "id": pa.array(ids + failed, pa.string()),
-            "error": pa.array(errors, pa.string()),
-            "grid_thw": pa.array([*grids, *([None] * len(failed))], self.schema.field("grid_thw").type),
-        }
-        if outputs is not None:
-            embeddings, features = outputs
-            values = pa.array(embeddings.cpu().numpy().reshape(-1))
-            columns["embedding"] = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
-            if features is not None:
-                parts = features.cpu().view(torch.uint8).split(batch.grids.prod(1).tolist())
-                columns["patch_features"] = pa.array([part.numpy().tobytes() for part in parts], pa.large_binary())
+    def table_of(self, batch: Batch, encoded: "Encoded | None") -> pa.Table:
+        failed = list(batch.failed)
+        columns: dict[str, pa.Array] = {}
+        ids: list[str] = []
+        if encoded is not None:
+            lengths = batch.grids.prod(1).tolist()
+            setting = "dtype" if self.settings.dtype == "float16" else "embedding_dtype"
+            errors = [None if is_finite else self.not_finite(setting) for is_finite in encoded.are_finite.tolist()]
+            if encoded.features is not None and encoded.patches_are_finite is not None:
+                for index, part in enumerate(encoded.patches_are_finite.cpu().split(lengths)):
+                    if errors[index] is None and not part.all():
+                        errors[index] = self.not_finite("patch_features")
+            failed += [(id_, error) for id_, error in zip(batch.ids, errors, strict=True) if error]
+            good = [index for index, error in enumerate(errors) if error is None]
+            ids = [batch.ids[index] for index in good]
+            columns["grid_thw"] = pa.array(batch.grids[good].tolist(), self.schema.field("grid_thw").type)
+            embeddings = encoded.embeddings.cpu()[good].numpy()
+            offsets = np.arange(len(good) + 1, dtype=np.int32) * embeddings.shape[1]
+            columns["embedding"] = pa.ListArray.from_arrays(offsets, embeddings.reshape(-1))
+            if encoded.features is not None:
+                parts = encoded.features.cpu().view(torch.uint8).split(lengths)
+                columns["patch_features"] = pa.array([parts[i].numpy().tobytes() for i in good], pa.large_binary())
+        columns["id"] = pa.array(ids + [id_ for id_, _ in failed], pa.string())
+        details = [None] * len(ids) + [error for _, error in failed]
+        columns["error_detail"] = pa.array(details, pa.string())
+        columns["error"] = pa.array([detail and groupable(detail) for detail in details], pa.string())
         arrays = []
         for field in self.schema:
             column = columns.get(field.name, pa.nulls(0, field.type))
-            missing = len(ids) + len(failed) - len(column)
+            missing = len(columns["id"]) - len(column)
             arrays.append(pa.concat_arrays([column, pa.nulls(missing, field.type)]) if missing else column)
         return pa.Table.from_arrays(arrays, schema=self.schema)
+
+    def not_finite(self, setting: str) -> str:
+        """Why features that are infinite or NaN are none, and what to do."""
+        dtype = getattr(self.settings, setting)
+        other = "float32" if setting == "embedding_dtype" else "bfloat16"
+        step = f": give --{setting.replace('_', '-')} {other} and another output" if dtype == "float16" else ""
+        return f"ValueError: the features are not finite in {dtype}{step}"
+
+
+class Encoded(NamedTuple):
+    """
+    `embeddings` (num_images, embedding_size), `are_finite` bool (num_images,), `features` of all patches
+    (num_patches, hidden_size) with `patches_are_finite` bool (num_patches,).
+    """
+
+    embeddings: torch.Tensor
+    are_finite: torch.Tensor
+    features: torch.Tensor | None = None
+    patches_are_finite: torch.Tensor | None = None
 
 
 def check(name: str, found: Any, expected: Any) -> None:

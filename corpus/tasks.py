@@ -7,10 +7,11 @@ from collections.abc import Container, Iterator
 
 import pyarrow as pa
 
-from corpus.job import Job, Part
-from corpus.output import Output, Written, summary_of
+from corpus.inputs import Part
+from corpus.output import Counts, Output, counts_of
 from corpus.readers import read
 from corpus.rows import IMAGE_SCHEMA, table_of
+from corpus.settings import Job
 
 
 # Of images on their way from one stage to the next; Ray joins small blocks and waits when too many lie about.
@@ -32,12 +33,10 @@ def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> It
     yield table_of(rows, IMAGE_SCHEMA)
 
 
-def write(location: str, rows: int, *tables: pa.Table) -> Written:
+def write(location: str, rows: int, *tables: pa.Table) -> str:
     """The task that writes: rows of the output to one file that is not yet part of it."""
-    output = Output(location)
-    table = pa.concat_tables(tables)[:rows]
-    return summary_of(table, output.write(table))
+    return Output(location).write_rows(pa.concat_tables(tables)[:rows])
 
 
-def count(rows: int, table: pa.Table) -> Written:
-    return summary_of(table[:rows], "")
+def count(rows: int, table: pa.Table) -> Counts:
+    return counts_of(table[:rows])

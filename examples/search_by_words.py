@@ -77,8 +77,9 @@ def read_features(features: Path, folder: Path) -> tuple[list[Path], torch.Tenso
     """Paths and unit vectors of the rows that a run of `extract_features.py` over `folder` wrote."""
     import pyarrow.dataset
 
-    settings = features / "_settings.json"
-    record = json.loads(settings.read_text()) if settings.exists() else {}
+    # Older outputs have it without the dot.
+    settings = [features / name for name in (".settings.json", "_settings.json") if (features / name).is_file()]
+    record = json.loads(settings[0].read_text()) if settings else {}
     if record.get("pooling") != "projection":
         raise ValueError(
             f"{features} must be written with `extract_features.py --pooling projection`, got --pooling "

@@ -12,7 +12,6 @@ from tokenizers import pre_tokenizers
 from transformers import Aimv2Config, Aimv2Model, Aimv2VisionModel, CLIPTokenizer, PreTrainedModel
 
 from conversion.local_code import local_class
-from conversion.repo_kinds import RepoKind
 
 
 Aimv2PackingImageTextModel = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
@@ -88,13 +87,12 @@ def save_vision_repo(folder: Path, reference: Aimv2VisionModel) -> Path:
 
 
 def save_repo(folder: Path, model: PreTrainedModel, auto_map: dict[str, str], image_size: int | None) -> Path:
+    model.config.auto_map = dict(auto_map)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     images = json.loads((REPO / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps({**images, "image_size": image_size, "min_patches": 1}))
-    for name, content in RepoKind(image_text="text_config" in config).sentence_transformers.items():
-        (folder / name).write_text(json.dumps(content))
     for path in REPO.glob("*_aimv2_packing.py"):
         shutil.copyfile(path, folder / path.name)
     return folder

@@ -30,7 +30,7 @@ files = {file.name: file.read_bytes() for file in repo_folder.iterdir()}
 repo = hub.add_repo("alice/tiny", files)
 first = repo.refs["main"]
 extract("alice/tiny", source, output)
-assert json.loads((output / "_settings.json").read_text())["begun"]["commit"] == first
+assert json.loads((output / ".settings.json").read_text())["begun"]["commit"] == first
 
 changed = {**files, "model.safetensors": files["model.safetensors"][:-4] + b"\0\0\0\0"}
 repo.add("main", "other weights", {name: stored(name, data) for name, data in changed.items()})

@@ -86,7 +86,7 @@ def test_interruption_keeps_what_is_encoded(arguments: list[object], number: int
     assert signal.getsignal(number) == handler
     assert "interrupted. What is encoded is written. Run the same command again to resume." in capsys.readouterr().err
     output = Path(str(arguments[-1]))
-    assert len(rows_of(output)) == 3 and not (output / "_unfinished").exists()
+    assert len(rows_of(output)) == 3 and not (output / ".unfinished").exists()
     assert extract(arguments[1], arguments[3], output, **BATCHES).keys() == IMAGES.keys()
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_line(arguments: list[object], monkeypatch) -> None:
             "extract_features.py: [Errno 28] No space left on device - free some space, or choose another disk."
         )
     output = Path(str(arguments[-1]))
-    assert {file.name for file in output.iterdir()} <= {"_settings.json", "_lock"}
+    assert {file.name for file in output.iterdir()} <= {".settings.json", ".inputs", ".lock"}
     assert extract(arguments[1], arguments[3], output).keys() == IMAGES.keys()
 
 

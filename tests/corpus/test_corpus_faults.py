@@ -92,7 +92,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def unfinished(output: str) -> bool:
     fs, path = fsspec.core.url_to_fs(output)
     fs.invalidate_cache()
-    return fs.exists(f"{path}/_unfinished")
+    return fs.exists(f"{path}/.unfinished")
 
 
 def test_a_run_that_dies_anywhere_leaves_one_row_per_id(

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every file of the input is a row, or in the list of those that were skipped."""
 
+import io
 import os
 from pathlib import Path
 
 import pytest
-from corpora import IMAGES, encoded_image, extract, write_images
+from corpora import IMAGES, archive_of, encoded_image, extract, write_images
 from PIL import Image
 
+from corpus import in_process
 from corpus.inputs import corpus_of
 
 
@@ -17,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "TIFF")
 
 def listed(source: object, output: object = "nowhere") -> tuple[str, list[str], dict[str, str]]:
     sources = source if isinstance(source, list) else [source]
-    corpus = corpus_of(tuple(map(str, sources)), str(output), FORMATS, "image", None)
+    corpus = corpus_of(tuple(map(str, sources)), str(output), FORMATS)
     return corpus.kind, [part.name for part in corpus.parts], dict(corpus.skipped)
 
 
@@ -112,9 +114,25 @@ def test_every_file_is_a_row_or_skipped(head_repo: Path, tmp_path: Path, monkeyp
                 break
     files = {file.name for file in source.iterdir()}
     rows = extract(head_repo, source, tmp_path / "out")
-    skipped = {line.split("\t")[0] for line in (tmp_path / "out/_skipped.txt").read_text().splitlines()}
+    skipped = {line.split("\t")[0] for line in (tmp_path / "out/.skipped.txt").read_text().splitlines()}
     assert rows.keys() | skipped == files and not rows.keys() & skipped
     for form in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"):
         for name in (f"{form}.{form.lower()}", f"{form}.jpg", form):
             assert rows[name]["error"] is None
     assert rows["EPS.jpg"]["error"] and {"EPS", "EPS.eps"} <= skipped
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_heic_is_read_where_its_plugin_is(head_repo: Path, tmp_path: Path, workers: int, monkeypatch) -> None:
+    """By its name and by its first bytes, in this process and in those that decode."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (60, 40), "teal")).save(file)
+    monkeypatch.setattr(in_process, "decoders", lambda device: workers)
+    members = {"a.heic": file.getvalue(), "b": file.getvalue(), "c.png": IMAGES["0.png"]}
+    assert not any(
+        row["error"] for row in extract(head_repo, write_images(tmp_path / "in", members), tmp_path / "out").values()
+    )
+    source = write_images(tmp_path / "archives", {"x.tar": archive_of(list(members.items()))})
+    rows = extract(head_repo, source, tmp_path / "out2")
+    assert len(rows) == 3 and not any(row["error"] for row in rows.values())

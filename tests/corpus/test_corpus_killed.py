@@ -142,7 +142,11 @@ def killed(request: pytest.FixtureRequest) -> Path:
 def test_after_kills_each_image_has_one_row_and_its_features(killed: Path, corpus: Path, head_repo: Path) -> None:
     rows = rows_of(killed)
     assert sorted(rows) == sorted(str(file.relative_to(corpus)) for file in corpus.rglob("*") if file.is_file())
-    assert {file.name for file in killed.iterdir() if file.suffix != ".parquet"} == {"_settings.json", "_lock"}
+    assert {file.name for file in killed.iterdir() if file.suffix != ".parquet"} == {
+        ".settings.json",
+        ".inputs",
+        ".lock",
+    }
     encode = OneByOne(head_repo)
     for name, row in rows.items():
         assert (row["error"] is not None) == is_corrupt(name) == (row["embedding"] is None) == (row["grid_thw"] is None)

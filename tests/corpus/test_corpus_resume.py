@@ -144,34 +144,10 @@ def test_an_output_without_rows_takes_any_settings(head_repo: Path, tmp_path: Pa
     assert extract(head_repo, source, output, dtype="bfloat16").keys() == {"a.png"}
 
 
-def test_outputs_of_the_first_version(head_repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """What commit 198174e recorded: paths and arguments."""
-    source, output = write_images(tmp_path / "in", {"a.png": GOOD}), tmp_path / "out"
-    extract(head_repo, source, output)
-    old = {
-        "model": str(head_repo),
-        "input": f"file://{source}",
-        "image_column": "image",
-        "id_column": None,
-        "pooling": "head",
-        "dtype": "float32",
-        "patch_features": None,
-    }
-    (output / "_settings.json").write_text(json.dumps(old, indent=2))
-    write_images(source, {"b.png": GOOD})
-    with pytest.raises(ValueError, match="was begun with pooling='head', got 'mean'"):
-        extract(head_repo, source, output, pooling="mean")
-    with pytest.raises(ValueError, match="was begun with model="):
-        extract(copy_of(head_repo, tmp_path / "other"), source, output)
-    assert extract(head_repo, source, output).keys() == {"a.png", "b.png"}
-    assert "did not record the weights" in capsys.readouterr().out
-    assert "weights" in json.loads((output / "_settings.json").read_text())
-
-
 def test_parquet_files_without_a_record_are_no_output(head_repo: Path, tmp_path: Path) -> None:
     source, output = write_images(tmp_path / "in"), tmp_path / "out"
     extract(head_repo, source, output)
-    (output / "_settings.json").unlink()
+    (output / ".settings.json").unlink()
     with pytest.raises(ValueError, match="no record of what they were made with"):
         extract(head_repo, source, output)
 
@@ -245,7 +221,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(head_repo: Path, tmp
     assert not output.exists()
 
     output.mkdir()
-    with FileLock(output / "_lock"), pytest.raises(ValueError, match="being written by another run"):
+    with FileLock(output / ".lock"), pytest.raises(ValueError, match="being written by another run"):
         extract(head_repo, source, output)
     extract(head_repo, source, output)
     (output / "broken.parquet").write_bytes(b"PAR1")

@@ -3,6 +3,7 @@
 """From every kind of input to rows, compared with the model run on one image at a time."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpora import IMAGES, OneByOne, archive_of, encoded_image, extract, write_images
+from corpora import IMAGES, OneByOne, archive_of, copy_of, encoded_image, extract, write_images
+from safetensors.torch import load_file, save_file
 
-from corpus.ids import IdSet
-from corpus.rows import stable_text
+from corpus.rows import IdSet, stable_text
+from corpus.stages import Batch, Encoder
 
 
 def assert_is_mean(row: dict, encode: OneByOne, data: bytes) -> None:
@@ -146,3 +148,110 @@ def test_id_sets_are_exact() -> None:
     assert all((str(number) in done) == (number % 2 == 0) for number in range(20000))
     assert "0" not in IdSet()
     assert IdSet(["a", "b", "a"]).has_duplicates()
+
+
+@pytest.mark.parametrize("setting", ["dtype", "patch_features"])
+@pytest.mark.parametrize("pooling", ["head", "mean"])
+def test_features_that_are_not_finite_are_errors(
+    head_repo: Path, tmp_path: Path, setting: str, pooling: str, capsys
+) -> None:
+    """A last norm that float16 does not hold, so that bfloat16 is what helps; of one image of two for patches."""
+    repo = copy_of(head_repo, tmp_path / "model")
+    weights = load_file(repo / "model.safetensors")
+    weights["rms_norm.weight"] = weights["rms_norm.weight"] * 6e4
+    save_file(weights, repo / "model.safetensors", {"format": "pt"})
+    source = write_images(tmp_path / "in", {**IMAGES, "bad.png": b"no image"})
+    for value in ("float16", "bfloat16"):
+        options = {setting: value, "pooling": pooling}
+        rows = extract(repo, source, tmp_path / value, **options)
+        printed = capsys.readouterr().out
+        assert rows.keys() == {*IMAGES, "bad.png"}
+        failed = {id_ for id_, row in rows.items() if row["error"]}
+        if value == "bfloat16":
+            assert failed == {"bad.png"}
+            continue
+        assert failed == rows.keys()
+        for row in [rows[id_] for id_ in IMAGES]:
+            assert row["error"].startswith("ValueError: the features are not finite in float16")
+            assert row["embedding"] is None and row["grid_thw"] is None and row.get("patch_features") is None
+        assert (
+            f"5  ValueError: the features are not finite in float16: give --{setting.replace('_', '-')} bf" in printed
+        )
+
+
+def test_one_image_that_is_not_finite_leaves_the_others(head_repo: Path, tmp_path: Path, monkeypatch) -> None:
+    source = write_images(tmp_path / "in")
+    expected = extract(head_repo, source, tmp_path / "before", patch_features="float16")
+    encode = Encoder.encode
+
+    def spoiled(self: Encoder, batch: Batch):
+        encoded = encode(self, batch)
+        first, second = (batch.ids.index(name) for name in ("1.png", "3.png"))
+        with torch.inference_mode():
+            encoded.are_finite[first] = False
+            encoded.patches_are_finite[batch.grids.prod(1).cumsum(0)[second] - 1] = False
+        return encoded
+
+    monkeypatch.setattr(Encoder, "encode", spoiled)
+    rows = extract(head_repo, source, tmp_path / "out", patch_features="float16")
+    assert {id_ for id_, row in rows.items() if row["error"]} == {"1.png", "3.png"}
+    assert all(rows[id_] == expected[id_] for id_ in ("0.png", "2.png", "4.png"))
+
+
+def test_embeddings_are_lists_that_old_readers_take(head_repo: Path, tmp_path: Path) -> None:
+    """pyarrow before 26 reads no null among lists of a fixed size. An output that has such lists keeps them."""
+    source, output = write_images(tmp_path / "in", {**IMAGES, "bad.png": b"no image"}), tmp_path / "out"
+    extract(head_repo, source, output, limit=3)
+    file = next(output.glob("*.parquet"))
+    table = pq.read_table(file)
+    assert table.schema.field("embedding").type == pa.list_(pa.float32())
+    size = len(table["embedding"][0].as_py() or table["embedding"][1].as_py())
+    fixed = pa.list_(pa.float32(), size)
+    table = table.set_column(table.schema.get_field_index("embedding"), "embedding", table["embedding"].cast(fixed))
+    pq.write_table(table, file)
+    rows = extract(head_repo, source, output, retry_errors=True)
+    assert len(rows) == 6 and len(list(output.glob("*.parquet"))) == 2
+    assert {pq.read_schema(file).field("embedding").type for file in output.glob("*.parquet")} == {
+        pa.list_(pa.field("element", pa.float32()), size)
+    }
+
+
+def test_float16_embeddings_are_those_of_float32(head_repo: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "in")
+    exact = extract(head_repo, source, tmp_path / "exact")
+    rows = extract(head_repo, source, tmp_path / "half", embedding_dtype="float16")
+    for name, row in exact.items():
+        expected = np.array(row["embedding"], np.float32).astype(np.float16)
+        np.testing.assert_array_equal(np.array(rows[name]["embedding"], np.float16), expected)
+    with pytest.raises(ValueError, match="embedding_dtype is 'float32', was 'float16'"):
+        extract(head_repo, source, tmp_path / "half")
+
+
+def test_embeddings_that_float16_does_not_hold(head_repo: Path, tmp_path: Path) -> None:
+    repo = copy_of(head_repo, tmp_path / "model")
+    weights = load_file(repo / "model.safetensors")
+    weights["rms_norm.weight"] = weights["rms_norm.weight"] * 6e5
+    save_file(weights, repo / "model.safetensors", {"format": "pt"})
+    source = write_images(tmp_path / "in", {"a.png": IMAGES["0.png"]})
+    row = extract(repo, source, tmp_path / "out", pooling="mean", embedding_dtype="float16")["a.png"]
+    assert row["error"] == (
+        "ValueError: the features are not finite in float16: give --embedding-dtype float32 and another output"
+    )
+
+
+def test_files_say_what_made_them(head_repo: Path, tmp_path: Path) -> None:
+    source, output = write_images(tmp_path / "in", {"bad.png": b"no image"}), tmp_path / "out"
+    extract(head_repo, source, output, pooling="mean")
+    write_images(source, {**IMAGES, "bad.png": IMAGES["0.png"]})
+    extract(head_repo, source, output, pooling="mean", retry_errors=True)
+    record = json.loads((output / ".settings.json").read_text())
+    for file in output.glob("*.parquet"):
+        metadata = {key.decode(): value.decode() for key, value in pq.read_schema(file).metadata.items()}
+        assert metadata == {
+            "aimv2_packing.model": head_repo.name,
+            "aimv2_packing.commit": "",
+            "aimv2_packing.weights": record["weights"],
+            "aimv2_packing.pooling": "mean",
+            "aimv2_packing.dtype": "float32",
+            "aimv2_packing.patch_size": str(record["config"]["patch_size"]),
+        }

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from corpora import IMAGES, extract, write_images
+from image_text_checkpoints import reference_image_text_model, save_image_text_repo
 from reference import REPO
+from safetensors.torch import load_file, save_file
+from scaling import make_model_repo
+from sentence_transformers import SentenceTransformer
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,54 @@ def test_a_query_without_a_vector_is_refused(rows, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, rows[0], "--query", query)
         assert f"{query} is no id of" in capsys.readouterr().err
+
+
+def found(capsys: pytest.CaptureFixture) -> list[tuple[str, float]]:
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    return [(id_, float(value)) for value, id_ in lines]
+
+
+@pytest.mark.parametrize("missing", [None, "faiss"])
+def test_a_picture_finds_itself(rows, tmp_path: Path, missing: str | None, monkeypatch, capsys) -> None:
+    """With FAISS and with NumPy, by the settings of the output, which are not those of the model's folder."""
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    else:
+        pytest.importorskip("faiss")
+    output, _ = rows
+    picture = write_images(tmp_path, {"x.png": IMAGES["3.png"]}) / "x.png"
+    run(monkeypatch, output, "--query", "3.png", "--count", 100)
+    expected = found(capsys)
+    run(monkeypatch, output, "--query-image", picture, "--count", 100)
+    actual = found(capsys)
+    assert actual[0] == ("3.png", 1.0) and [id_ for id_, _ in actual] == [id_ for id_, _ in expected]
+    assert [value for _, value in actual] == pytest.approx([value for _, value in expected], abs=2e-4)
+
+
+def test_words_find_pictures(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Against the image-text model's own pooled features."""
+    torch.manual_seed(0)
+    repo = save_image_text_repo(tmp_path / "repo", reference_image_text_model())
+    output = tmp_path / "out"
+    by_id = extract(repo, write_images(tmp_path / "in"), output)
+    encoder = SentenceTransformer(str(repo), trust_remote_code=True, device="cpu")
+    words = encoder.encode("a cat", normalize_embeddings=True)
+    expected = {}
+    for id_, row in by_id.items():
+        vector = np.array(row["embedding"])
+        expected[id_] = float(words @ vector / np.linalg.norm(vector))
+    capsys.readouterr()
+    run(monkeypatch, output, "--query-text", "a cat")
+    actual = found(capsys)
+    assert [id_ for id_, _ in actual] == sorted(expected, key=expected.__getitem__, reverse=True)
+    assert all(value == pytest.approx(expected[id_], abs=2e-4) for id_, value in actual)
+
+
+def test_words_and_other_weights_are_refused(rows, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(SystemExit, match="--query-text needs projected features, got those of --pooling head"):
+        run(monkeypatch, rows[0], "--query-text", "a cat")
+    other = make_model_repo(tmp_path / "other", use_head=True)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "rms_norm.weight": weights["rms_norm.weight"] * 2}, other / "model.safetensors")
+    with pytest.raises(SystemExit, match="was made by other weights"):
+        run(monkeypatch, rows[0], "--query-text", "a cat", "--model", other)

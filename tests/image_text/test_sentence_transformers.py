@@ -107,7 +107,7 @@ def test_a_large_batch_is_divided_by_patches(repos, kind):
     seen = patches_per_forward(encoder)
     vectors = encoder.encode(images, processing_kwargs=arguments)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    lengths = encoder.preprocess(images, processing_kwargs=arguments)["grid_thw"].prod(dim=1)
+    lengths = encoder.preprocess(images, processing_kwargs=arguments)["image_grid_thw"].prod(dim=1)
     assert len(seen) > 1
     assert sum(seen) == lengths.sum()
     assert max(seen) <= max(30, lengths.max())

@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import pipeline
 from transformers.video_utils import load_video
 
-from batching_aimv2_packing import pack_in_order
+from conversion.local_code import local_class
+
+
+pack_in_order = local_class("batching_aimv2_packing.pack_in_order")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -138,8 +138,8 @@ def test_tiff_of_every_depth_and_photometric(processor):
         source = base64.b64encode(data).decode()
         try:
             PIL.Image.open(BytesIO(data)).load()
-        except ValueError:
-            # PIL knows of it, and cannot decode it.
+        except (ValueError, OSError):
+            # This PIL knows of it, and cannot decode it.
             with pytest.raises(OSError, match="Cannot read"):
                 levels(processor, source)
             continue
@@ -230,15 +230,15 @@ def test_exif_that_cannot_be_read_turns_nothing(file_format):
             assert any(x.shape == pixels.shape and np.abs(x - pixels).max() < 0.01 for x in possible), block
 
 
-def test_premultiplied_transparency_is_white(processor):
+def test_premultiplied_transparency_is_that_of_straight_alpha(processor):
     image = PIL.Image.fromarray(noise(*SIDES, 4), "RGBA")
     image.putalpha(PIL.Image.fromarray(noise(*SIDES) // 128 * 255))
-    gray = image.convert("LA")
-    for straight, mode in ((image, "RGBa"), (gray, "La")):
+    for straight, mode in ((image, "RGBa"), (image.convert("LA"), "La"), (PIL.Image.new("RGBA", SIDES[::-1]), "RGBa")):
         premultiplied = straight.convert(mode)
         assert premultiplied.mode == mode
-        np.testing.assert_allclose(levels(processor, premultiplied), levels(processor, straight), rtol=0, atol=0.01)
-    assert levels(processor, PIL.Image.new("RGBa", SIDES[::-1])).min() == 255
+        # White in the newest transformers; in older ones what lay below.
+        expected = levels(processor, premultiplied.convert(straight.mode))
+        assert np.array_equal(levels(processor, premultiplied), expected)
 
 
 def test_heic_is_read_without_being_registered(processor, tmp_path):

@@ -4,11 +4,13 @@
 
 import dataclasses
 import pickle
+import shutil
 
 import pytest
 import torch
 from reference import (
     ODD_GRIDS,
+    REPO,
     hub_module,
     pack,
     packed_layout,
@@ -20,6 +22,7 @@ from reference import (
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 PackedLayout = hub_module("layout").PackedLayout
@@ -108,3 +111,15 @@ def test_to_the_device_where_it_is_copies_nothing(layout):
 def test_layouts_are_compared_by_identity(layout):
     assert layout == layout  # noqa: PLR0124
     assert layout != dataclasses.replace(layout)
+
+
+def test_one_of_another_copy_of_the_file_is_taken(packed, inputs, tmp_path):
+    """As transformers' loader makes it, which puts each file that it is asked for into a package of its own."""
+    for file in REPO.glob("*_aimv2_packing.py"):
+        shutil.copy(file, tmp_path)
+    other = get_class_from_dynamic_module("layout_aimv2_packing.packed_layout", tmp_path)
+    layout = other(inputs["grid_thw"], packed.config)
+    assert not isinstance(layout, PackedLayout)
+    with torch.no_grad():
+        ours, expected = packed(inputs["hidden_states"], layout=layout), packed(**inputs)
+    assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)

@@ -77,10 +77,16 @@ def test_checkpointing_keeps_fewer_tensors():
     assert saved_elements(checkpointed) < 0.5 * saved_elements(plain)
 
 
-def test_attention_dropout_applies_in_training_only():
-    packed = packing_model(reference_model(), attention_dropout=0.5)
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_attention_dropout_applies_in_training_only(attn, plain):
+    reference = reference_model(use_head=True)
+    packed = packing_model(reference, attn, plain, attention_dropout=0.5)
     inputs = pack(random_images([(4, 4), (2, 3)]))
     with torch.no_grad():
+        without = packing_model(reference, attn, plain)(**inputs)
+        for name in ("last_hidden_state", "pooler_output"):
+            assert torch.equal(packed(**inputs)[name], without[name])
         assert torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
         packed.train()
         assert not torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)

@@ -28,7 +28,8 @@ from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))]
+DOCS = sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *DOCS]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
 
 with socket.create_server(("127.0.0.1", 0)) as free:
@@ -76,7 +77,11 @@ NOT_RUN = {
     ("docs/benchmarks.md", "make bench"): MINUTES,
     ("docs/benchmarks.md", "python benchmarks/throughput.py --against CHECKOUT"): MINUTES,
     ("docs/kernels.md", "python benchmarks/swiglu.py"): GPU,
-    ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
+    ("docs/kernels.md", "model.capture_cuda_graphs([256] * 8)  # before serving: every mix of 2,048 patches"): GPU,
+    (
+        "docs/kernels.md",
+        "compute-sanitizer --tool memcheck python -m pytest tests/model/test_cuda_engine.py -k small_models",
+    ): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
     ("CONTRIBUTING.md", "make test"): MAKE,
@@ -213,8 +218,6 @@ def clone(tmp_path_factory) -> Path:
     save_image_text_repo(folder / "aimv2-lit-packed", reference_image_text_model())
     photographs = folder / "photographs"
     shutil.copytree(REPO / "examples" / "photographs", photographs, ignore=shutil.ignore_patterns("*.md"))
-    Image.fromarray(noise(100, 240, 3)).save(folder / "wide.jpg")
-    Image.fromarray(noise(200, 70, 3)).save(folder / "tall.png")
     with av.open(folder / "clip.mp4", "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -291,6 +294,7 @@ def check_corpus(folder: Path, names: dict) -> None:
 
 def check_image_text(folder: Path, names: dict) -> None:
     assert names["scores"].shape == (2, 2)
+    assert (folder / "runs" / "words" / "final" / "sentence_bert_config.json").exists()
     torch.testing.assert_close(names["probabilities"].sum(dim=1), torch.ones(2))
     assert type(names["tower"]).__name__ == "Aimv2PackingModel"
     assert [vector.shape for vector in names["vectors"]] == [(64,)] * 2
@@ -309,6 +313,18 @@ def check_images(folder: Path, names: dict) -> None:
     assert torch.isfinite(names["features"]).all()
 
 
+def check_vision_language(folder: Path, names: dict) -> None:
+    inputs, processor = names["inputs"], names["processor"]
+    assert names["tokens"].shape == (len(names["features"]) // 4, 4 * 64)
+    assert [tuple(part.shape) for part in names["maps"]] == [(*grid, 64) for grid in inputs["grid_thw"].tolist()]
+    torch.testing.assert_close(torch.cat([part.flatten(0, 2) for part in names["maps"]]), names["states"])
+    read = names["image_processor"](Image.new("RGB", (640, 480)), return_tensors="pt", max_patches=1024)
+    assert names["num_image_tokens"] == len(read["hidden_states"]) // 4
+    assert (names["prompts"]["input_ids"] == processor.image_token_id).sum() == len(names["tokens"])
+    assert len(names["captions"]) == 2
+    assert (folder / "runs" / "vlm" / "final" / "modeling_vision_language.py").exists()
+
+
 PREPARE: dict[str, Callable[[Path, dict], None]] = {
     "docs/compatibility.md": prepare_images,
     "docs/converting.md": without_conversions,
@@ -323,6 +339,7 @@ CHECK: dict[str, Callable[[Path, dict], None]] = {
     "docs/image_text.md": check_image_text,
     "docs/images.md": check_images,
     "docs/serving.md": check_serving,
+    "docs/vision_language.md": check_vision_language,
 }
 
 

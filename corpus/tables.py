@@ -1,0 +1,285 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet files of the input: their columns, ids and row groups, and their rows to images."""
+
+import os
+import stat
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from conversion.messages import printable
+from corpus.inputs import Corpus, InputError, Part, bare, file_system, is_manifest
+from corpus.rows import TOO_LARGE, IdSet, Image, detail_of, stable_text
+from corpus.settings import Job
+
+
+# Of the values that are decoded together. Fewer than 4 at once take longer, more do not take less.
+BYTES_AT_ONCE = 2**28
+ROWS_AT_ONCE = 64
+IDS_AT_ONCE = 1024
+LONGEST_ID = 4096
+
+# Images are compressed already.
+MOST_COMPRESSED = 100
+
+
+class Table(NamedTuple):
+    """A Parquet file: the rows of each of its row groups, and the digests of its ids where a column holds them."""
+
+    groups: list[int]
+    digests: bytes
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_image_type(kind: pa.DataType) -> bool:
+    """Bytes, a path or URL, or the `{"bytes", "path"}` of the datasets library."""
+    if pa.types.is_struct(kind):
+        fields = [field for field in kind if field.name in ("bytes", "path") and not pa.types.is_null(field.type)]
+        return bool(fields) and all((is_binary if field.name == "bytes" else is_text)(field.type) for field in fields)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return is_binary(kind) or is_text(kind)
+
+
+def check_columns(name: str, schema: pa.Schema, image_column: str, id_column: str | None) -> None:
+    """
+    Raises:
+        ValueError: a column is missing, or holds no images or no ids.
+    """
+    for column in (image_column, id_column):
+        if column and column not in schema.names:
+            raise ValueError(f"{printable(name)} must have a column {column!r}, got {schema.names}.")
+    kind = schema.field(image_column).type
+    if not is_image_type(kind):
+        raise ValueError(
+            f"`--image-column` {image_column!r} must hold bytes, paths or {{'bytes', 'path'}}, got {kind} in "
+            f"{printable(name)}."
+        )
+    if id_column and (pa.types.is_nested(kind := schema.field(id_column).type) or pa.types.is_null(kind)):
+        raise ValueError(f"`--id-column` {id_column!r} must hold text or numbers, got {kind} in {printable(name)}.")
+
+
+@lru_cache(maxsize=1)
+def parquet_of(path: str, fs: fsspec.AbstractFileSystem, key: str, columns: tuple[str, ...]) -> bytes:
+    """
+    A manifest, CSV with a head or a JSON object a line, as a Parquet file, which a worker reads many times; `key` is
+    another where the manifest has changed.
+    """
+    with fs.open(path, "rb") as opened:
+        if path.lower().endswith(".csv"):
+            # 0001 is an id, no number.
+            options = pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
+            table = pa.csv.read_csv(opened, convert_options=options)
+        else:
+            table = pa.json.read_json(opened)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.select(columns) if {*columns} <= {*table.column_names} else table, buffer, row_group_size=1024)
+    return buffer.getvalue().to_pybytes()
+
+
+@contextmanager
+def opened_parquet(
+    fs: fsspec.AbstractFileSystem, path: str, image_column: str, id_column: str | None
+) -> Iterator[pq.ParquetFile]:
+    with ExitStack() as stack:
+        if is_manifest(bare(fs, path)):
+            columns = tuple(column for column in (image_column, id_column) if column)
+            opened: Any = pa.BufferReader(parquet_of(path, fs, fs.ukey(path), columns))
+        else:
+            opened = stack.enter_context(fs.open(path, "rb"))
+        parquet = stack.enter_context(pq.ParquetFile(opened))
+        if id_column in parquet.schema_arrow.names and is_text(parquet.schema_arrow.field(id_column).type):
+            # A value that is written once for many rows stays one in memory.
+            parquet = stack.enter_context(pq.ParquetFile(opened, read_dictionary=[id_column]))
+        yield parquet
+
+
+def ids_of(parquet: pq.ParquetFile, name: str, group: int, id_column: str) -> Iterator[str]:
+    """
+    Raises:
+        ValueError: an id is missing, is longer than any name, or no text.
+    """
+    metadata = parquet.metadata.row_group(group)
+    chunk = next(chunk for chunk in chunks_of(metadata, id_column))
+    where = f"`--id-column` {id_column!r} of {printable(name)}"
+    if chunk.total_uncompressed_size > LONGEST_ID * metadata.num_rows + 2**20:
+        raise ValueError(f"{where} must hold at most {LONGEST_ID} bytes in a row, got more in row group {group}.")
+    for batch in parquet.iter_batches(IDS_AT_ONCE, row_groups=[group], columns=[id_column]):
+        for scalar in batch.column(0):
+            try:
+                value = scalar.as_py()
+                text = value.decode() if isinstance(value, bytes) else str(value)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} must hold text, got bytes that are not UTF-8 ({error}).") from error
+            if value is None:
+                raise ValueError(f"{where} must hold a value in each row, got none in a row.")
+            if len(text) > LONGEST_ID:
+                raise ValueError(f"{where} must hold at most {LONGEST_ID} letters in a row, got {len(text)}.")
+            yield text
+
+
+def chunks_of(metadata: pq.RowGroupMetaData, column: str) -> Iterator[pq.ColumnChunkMetaData]:
+    """Those of a column and of its fields."""
+    for index in range(metadata.num_columns):
+        chunk = metadata.column(index)
+        if chunk.path_in_schema.split(".")[0] == column or chunk.path_in_schema == column:
+            yield chunk
+
+
+def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_column: str | None) -> None:
+    """
+    Looks into the Parquet files of a corpus: its parts become their row groups.
+
+    Raises:
+        ValueError: a file cannot be read, a column is missing, or an id is missing or comes twice.
+    """
+
+    def table_of(file: Part) -> Table:
+        fs, _ = file_system(inputs[file.source])
+        try:
+            with opened_parquet(fs, file.path, image_column, id_column) as parquet:
+                check_columns(file.name, parquet.schema_arrow, image_column, id_column)
+                groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+                digests = bytearray()
+                if id_column:
+                    for index in range(len(groups)):
+                        for id_ in ids_of(parquet, file.name, index, id_column):
+                            digests += IdSet.digest(id_)
+                return Table(groups, bytes(digests))
+        except (OSError, pa.ArrowException) as error:
+            kind = "a table" if is_manifest(file.name) else "Parquet"
+            raise ValueError(f"{printable(file.name)} of `--input` cannot be read as {kind}: {error}") from error
+
+    files = corpus.parts
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(table_of, files))
+    corpus.parts = []
+    for file, table in zip(files, tables, strict=True):
+        first = 0
+        for index, count in enumerate(table.groups):
+            corpus.parts.append(file._replace(row_group=index, first_row=first))
+            first += count
+        corpus.rows[file.name] = first
+        corpus.digests[file.name] = table.digests
+    corpus.total = sum(corpus.rows.values())
+    if id_column:
+        corpus.ids = IdSet(digests=b"".join(corpus.digests.values()))
+        if corpus.ids.has_duplicates():
+            raise ValueError(f"`--id-column` {id_column!r} must hold a different value in each row.")
+
+
+def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
+    """
+    The images of a row group that are not done; where it cannot be read, each of its rows has the error.
+
+    Raises:
+        InputError: the file is not what it was when the run began.
+    """
+    fs, _ = file_system(job.inputs[part.source])
+    image_column, id_column = str(job.settings.image_column), job.settings.id_column
+
+    def ids() -> Iterator[str]:
+        if id_column:
+            return ids_of(parquet, part.name, part.row_group, id_column)
+        return (f"{part.name}#{part.first_row + row}" for row in range(metadata.num_rows))
+
+    try:
+        with opened_parquet(fs, part.path, image_column, id_column) as parquet:
+            metadata = parquet.metadata.row_group(part.row_group)
+            if all(id_ in done for id_ in ids()):
+                return
+            remaining = ids()
+            try:
+                for value in values_of(parquet, part.row_group, image_column, job.max_image_bytes):
+                    id_ = next(remaining)
+                    if id_ not in done:
+                        yield image_of(id_, value, part, fs, job.max_image_bytes)
+            # What decompresses and parses raises more than OSError.
+            except Exception as error:
+                text = detail_of(error)
+                yield from (Image(id_, text, None) for id_ in remaining if id_ not in done)
+    except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+        raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {stable_text(error)}.") from error
+
+
+def values_of(parquet: pq.ParquetFile, group: int, column: str, max_image_bytes: int) -> Iterator[pa.Scalar]:
+    """
+    The values of a column, of which no more than `BYTES_AT_ONCE` are decoded at once, or one.
+
+    Raises:
+        ValueError: what is compressed can hold no images.
+    """
+    metadata = parquet.metadata.row_group(group)
+    chunks = list(chunks_of(metadata, column))
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if size > max_image_bytes:
+        if size > max_image_bytes * metadata.num_rows:
+            raise ValueError(TOO_LARGE)
+        if size > MOST_COMPRESSED * sum(chunk.total_compressed_size for chunk in chunks):
+            raise ValueError(f"the row group is compressed more than {MOST_COMPRESSED} times, as no images are")
+    # Of a dictionary each value may be all of it.
+    has_dictionary = any(chunk.has_dictionary_page for chunk in chunks)
+    largest = size if has_dictionary else size // max(1, metadata.num_rows)
+    rows = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, largest)))
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=[column]):
+        yield from batch.column(0)
+
+
+def image_of(id_: str, value: pa.Scalar, part: Part, fs: fsspec.AbstractFileSystem, max_image_bytes: int) -> Image:
+    """The bytes of a binary value, of a file by its path, or of the `{"bytes", "path"}` of the datasets library."""
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    path = None
+    if isinstance(value, pa.StructScalar):
+        fields = dict(value) if value.is_valid else {}
+        value, path = fields.get("bytes"), fields.get("path")
+        path = path.as_py() if path is not None else None
+    try:
+        if value is not None and value.is_valid:
+            if value.as_buffer().size > max_image_bytes:
+                raise ValueError(TOO_LARGE)
+            data = value.as_py()
+            return Image(id_, None, data if isinstance(data, bytes) else file_at(data, part, fs, max_image_bytes))
+        if path is None:
+            raise ValueError("the image must be bytes or a path, got NoneType")
+        return Image(id_, None, file_at(path, part, fs, max_image_bytes))
+    except Exception as error:
+        return Image(id_, detail_of(error), None)
+
+
+def file_at(path: str, part: Part, fs: fsspec.AbstractFileSystem, max_image_bytes: int) -> bytes:
+    """
+    The bytes of a file of which a table holds the path, relative to the table, or the URL.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no regular file.
+    """
+    if "://" in path:
+        fs, path = file_system(path)
+    elif not path.startswith("/"):
+        path = f"{os.path.dirname(bare(fs, part.path))}/{path}"
+    # Opening a pipe would wait for its other end.
+    if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("the path leads to no regular file")
+    data = fs.cat_file(path, start=0, end=max_image_bytes + 1)
+    if len(data) > max_image_bytes:
+        raise ValueError(TOO_LARGE)
+    return data

@@ -1,0 +1,180 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A corpus divided among jobs: every id once, whatever dies, and one output for readers."""
+
+import itertools
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from corpora import IMAGES, archive_of, encoded_image, extract, rows_of, write_images
+from test_corpus_faults import KilledError, Killer
+
+import extract_features
+from corpus.options import Options
+from corpus.run import run
+from corpus.shards import name_of, shard_of, status_lines
+
+
+def all_rows(output: Path, count: int) -> dict[str, dict]:
+    """The rows of all shards, of which none comes twice."""
+    shards = [rows_of(output / name_of(index, count)) for index in range(count)]
+    rows = {id_: row for shard in shards for id_, row in shard.items()}
+    assert len(rows) == sum(map(len, shards))
+    return rows
+
+
+def write_input(folder: Path, kind: str) -> Path:
+    if kind == "image":
+        return write_images(folder, {**IMAGES, "bad.png": b"no image", "notes.txt": b"text"})
+    folder.mkdir()
+    for number, (name, data) in enumerate(IMAGES.items()):
+        if kind == "archive":
+            write_images(folder, {f"{number}.tar": archive_of([(name, data)])})
+        else:
+            pq.write_table(
+                pa.table({"image": [data, None], "key": [name, f"none{number}"]}), folder / f"{number}.parquet"
+            )
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["image", "archive", "parquet", "ids"])
+def test_shards_are_what_one_run_is(head_repo: Path, tmp_path: Path, kind: str) -> None:
+    source = write_input(tmp_path / "in", kind)
+    options = {"id_column": "key"} if kind == "ids" else {}
+    expected = extract(head_repo, source, tmp_path / "whole", **options)
+    output = tmp_path / "out"
+    for index in range(7):
+        run_shard(head_repo, source, output, index, 7, **options)
+        assert status_lines(str(output))[0].endswith(f"{index + 1} complete, 0 begun, {6 - index} missing.")
+    rows = all_rows(output, 7)
+    assert rows.keys() == expected.keys()
+    for id_, row in rows.items():
+        assert row["error"] == expected[id_]["error"]
+        if row["error"] is None:
+            np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=1e-5)
+    # Some have nothing, and are complete.
+    assert any(not rows_of(output / name_of(index, 7)) for index in range(7)) or kind == "parquet"
+    skipped = [file.read_text() for file in output.glob("*/.skipped.txt")]
+    assert len(skipped) == (kind == "image") and all(text.startswith("notes.txt\t") for text in skipped)
+
+
+def run_shard(repo: Path, source: Path, output: Path, index: int, count: int, **options) -> None:
+    run(Options(str(repo), [str(source)], str(output), num_shards=count, shard_index=index, **options))
+
+
+def test_the_shard_of_a_name_never_changes() -> None:
+    assert [shard_of(name, 16) for name in ("a.png", "b/c.tar", "é.parquet")] == [6, 1, 13]
+    counts = np.bincount([shard_of(f"{number}.png", 16) for number in range(16_000)], minlength=16)
+    assert counts.min() > 850 and counts.max() < 1150
+
+
+def test_ids_that_come_twice_are_found_over_all_shards(head_repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        pq.write_table(
+            pa.table({"image": [IMAGES["0.png"]], "key": [f"{number % 3}"]}), tmp_path / f"in/{number}.parquet"
+        )
+    for index in range(4):
+        with pytest.raises(ValueError, match="must hold a different value in each row"):
+            run_shard(head_repo, tmp_path / "in", tmp_path / "out", index, 4, id_column="key")
+
+
+def test_other_divisions_are_refused(head_repo: Path, tmp_path: Path, monkeypatch) -> None:
+    source, output = write_images(tmp_path / "in"), tmp_path / "out"
+    run_shard(head_repo, source, output, 0, 2)
+    with pytest.raises(ValueError, match="is divided into 2 shards, got --num-shards 3: give the same, or another"):
+        run_shard(head_repo, source, output, 0, 3)
+    with pytest.raises(ValueError, match="is divided into shards: give --num-shards 2"):
+        extract(head_repo, source, output)
+    extract(head_repo, source, tmp_path / "whole")
+    with pytest.raises(ValueError, match="was begun without shards"):
+        run_shard(head_repo, source, tmp_path / "whole", 0, 2)
+    for index in (-1, 2, None):
+        with pytest.raises(ValueError, match="the index from 0 to below the number"):
+            run_shard(head_repo, source, tmp_path / "new", index, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got none in"):
+        status_lines(str(tmp_path / "whole"))
+
+
+def test_an_output_below_the_input_holds_no_input(head_repo: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "in")
+    for index in (0, 1, 0):
+        run_shard(head_repo, source, source / "out", index, 2)
+    assert all_rows(source / "out", 2).keys() == IMAGES.keys()
+
+
+def test_status_of_the_command(head_repo: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    source, output = write_input(tmp_path / "in", "image"), tmp_path / "out"
+    biggest = max(range(3), key=lambda index: sum(shard_of(name, 3) == index for name in [*IMAGES, "bad.png"]))
+    run_shard(head_repo, source, output, biggest, 3, limit=1)
+    run_shard(head_repo, source, output, (biggest + 1) % 3, 3)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["extract_features.py", "--output", str(output), "--status"])
+    extract_features.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"3 shards of {output}: 1 complete, 1 begun, 1 missing."
+    assert lines[1 + biggest].startswith(f"shard={biggest}-of-3  begun  1 rows, ")
+    rows = rows_of(output / name_of((biggest + 1) % 3, 3))
+    errors = sum(row["error"] is not None for row in rows.values())
+    assert (
+        lines[1 + (biggest + 1) % 3] == f"shard={(biggest + 1) % 3}-of-3  complete  {len(rows)} rows, {errors} errors"
+    )
+    # What is new is to be done.
+    run_shard(head_repo, source, output, biggest, 3)
+    assert status_lines(str(output))[0].endswith("2 complete, 0 begun, 1 missing.")
+
+
+def test_shards_that_die_and_one_that_is_lost(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {f"{number % 5}/{number:03}.png": encoded_image(20 + number % 7, 30, number) for number in range(60)}
+    source, output, count = write_images(tmp_path / "in", images), tmp_path / "out", 4
+    generator = random.Random(0)
+    options = {"patches_per_batch": 128, "max_patches": 128, "rows_per_file": 2}
+    killed = 0
+    for index in range(count):
+        for attempt in itertools.count():
+            try:
+                with monkeypatch.context() as patch:
+                    if attempt < 3:
+                        Killer(generator.randrange(8, 60)).install(patch)
+                    run_shard(head_repo, source, output, index, count, **options)
+                break
+            except KilledError:
+                killed += 1
+    assert killed > 4
+    shutil.rmtree(output / name_of(2, count))
+    assert all_rows(output, count).keys() < images.keys()
+    assert "1 missing" in status_lines(str(output))[0]
+    run_shard(head_repo, source, output, 2, count, **options)
+    assert all_rows(output, count).keys() == images.keys()
+    assert "4 complete" in status_lines(str(output))[0]
+
+
+def test_readers_take_all_shards_as_one(head_repo: Path, tmp_path: Path) -> None:
+    source, output = write_input(tmp_path / "in", "image"), tmp_path / "out"
+    for index in range(3):
+        run_shard(head_repo, source, output, index, 3)
+    ids = sorted(all_rows(output, 3))
+    loaded = datasets.load_dataset("parquet", data_dir=str(output), cache_dir=str(tmp_path / "cache"), split="train")
+    assert sorted(loaded["id"]) == ids
+    frame = pd.read_parquet(output)
+    assert sorted(frame["id"]) == ids and {"0-of-3", "1-of-3", "2-of-3"} >= set(frame["shard"])
+    assert sorted(ds.dataset(output, format="parquet", partitioning="hive").to_table()["id"].to_pylist()) == ids
+    connection = duckdb.connect()
+    rows = connection.execute(f"select id, shard from '{output}/*/*.parquet'").fetchall()
+    assert sorted(id_ for id_, _ in rows) == ids and all(shard.endswith("-of-3") for _, shard in rows)
+    size = len(next(row["embedding"] for row in all_rows(output, 3).values() if row["embedding"]))
+    best = connection.execute(
+        f"with v as (select id, embedding::float[{size}] as e from '{output}/*/*.parquet' where error is null) "
+        "select b.id from v a, v b where a.id = '3.png' order by array_cosine_similarity(a.e, b.e) desc limit 1"
+    ).fetchall()
+    assert best == [("3.png",)]
