@@ -156,7 +156,8 @@ def products_of(*linears: nn.Linear) -> list[Product]:
     if are_adjacent(weights) and (not known or (len(known) == len(biases) and are_adjacent(known))):
         return [Product(whole_of(weights), whole_of(known) if known else None, slice(None))]
     ends = list(accumulate(map(len, weights), initial=0))
-    return [Product(*own, slice(*span)) for *own, span in zip(weights, biases, pairwise(ends), strict=True)]
+    columns = [slice(start, end) for start, end in pairwise(ends)]
+    return list(map(Product, weights, biases, columns))
 
 
 # The engine
