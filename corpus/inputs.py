@@ -155,6 +155,9 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
                 continue
             name = utf8_name(os.path.relpath(bare(fs, file), root))
             kind, reason, info = kind_of(fs, file, listed, image_formats)
+            # In a folder it may be what somebody noted about the images there.
+            if kind is None and info and is_manifest(bare(fs, path)) and is_manifest(bare(fs, file)):
+                kind = "parquet"
             if kind == "parquet" and file != path and is_hidden(name):
                 kind, reason = None, "hidden, as Spark and Hadoop hide what is unfinished"
             if kind:
@@ -188,6 +191,11 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
 
 def shown(inputs: tuple[str, ...]) -> str:
     return ", ".join(printable(without_credentials(location)) for location in inputs)
+
+
+def is_manifest(path: str) -> bool:
+    """Whether it is a table of paths in text: it counts as a Parquet file."""
+    return path.lower().endswith((".csv", ".jsonl"))
 
 
 def is_hidden(name: str) -> bool:
@@ -227,6 +235,9 @@ def files_of(
         raise FileNotFoundError(f"`--input` {shown((path,))} does not exist.")
     root = os.path.dirname(re.split(r"[*?\[]", path)[0])
     matches = fs.glob(path, detail=True)
+    if not matches:
+        wanted = "`--input` must hold images, .parquet or .tar files"
+        raise FileNotFoundError(f"{wanted}, and the pattern {shown((path,))} matches nothing.")
     if "**" not in path:
         reason = "a folder: give it as an input, or ** in the pattern"
         skipped += [

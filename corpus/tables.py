@@ -6,16 +6,19 @@ import os
 import stat
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from conversion.messages import printable
-from corpus.inputs import Corpus, InputError, Part, bare, file_system
+from corpus.inputs import Corpus, InputError, Part, bare, file_system, is_manifest
 from corpus.rows import TOO_LARGE, IdSet, Image, detail_of, stable_text
 from corpus.settings import Job
 
@@ -73,15 +76,39 @@ def check_columns(name: str, schema: pa.Schema, image_column: str, id_column: st
         raise ValueError(f"`--id-column` {id_column!r} must hold text or numbers, got {kind} in {printable(name)}.")
 
 
-@contextmanager
-def opened_parquet(fs: fsspec.AbstractFileSystem, path: str, id_column: str | None) -> Iterator[pq.ParquetFile]:
-    # A value that is written once for many rows stays one in memory.
-    with fs.open(path, "rb") as opened, pq.ParquetFile(opened) as parquet:
-        if id_column in parquet.schema_arrow.names and is_text(parquet.schema_arrow.field(id_column).type):
-            with pq.ParquetFile(opened, read_dictionary=[id_column]) as with_dictionary:
-                yield with_dictionary
+@lru_cache(maxsize=1)
+def parquet_of(path: str, fs: fsspec.AbstractFileSystem, key: str, columns: tuple[str, ...]) -> bytes:
+    """
+    A manifest, CSV with a head or a JSON object a line, as a Parquet file, which a worker reads many times; `key` is
+    another where the manifest has changed.
+    """
+    with fs.open(path, "rb") as opened:
+        if path.lower().endswith(".csv"):
+            # 0001 is an id, no number.
+            options = pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
+            table = pa.csv.read_csv(opened, convert_options=options)
         else:
-            yield parquet
+            table = pa.json.read_json(opened)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table.select(columns) if {*columns} <= {*table.column_names} else table, buffer, row_group_size=1024)
+    return buffer.getvalue().to_pybytes()
+
+
+@contextmanager
+def opened_parquet(
+    fs: fsspec.AbstractFileSystem, path: str, image_column: str, id_column: str | None
+) -> Iterator[pq.ParquetFile]:
+    with ExitStack() as stack:
+        if is_manifest(bare(fs, path)):
+            columns = tuple(column for column in (image_column, id_column) if column)
+            opened: Any = pa.BufferReader(parquet_of(path, fs, fs.ukey(path), columns))
+        else:
+            opened = stack.enter_context(fs.open(path, "rb"))
+        parquet = stack.enter_context(pq.ParquetFile(opened))
+        if id_column in parquet.schema_arrow.names and is_text(parquet.schema_arrow.field(id_column).type):
+            # A value that is written once for many rows stays one in memory.
+            parquet = stack.enter_context(pq.ParquetFile(opened, read_dictionary=[id_column]))
+        yield parquet
 
 
 def ids_of(parquet: pq.ParquetFile, name: str, group: int, id_column: str) -> Iterator[str]:
@@ -127,7 +154,7 @@ def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_colu
     def table_of(file: Part) -> Table:
         fs, _ = file_system(inputs[file.source])
         try:
-            with opened_parquet(fs, file.path, id_column) as parquet:
+            with opened_parquet(fs, file.path, image_column, id_column) as parquet:
                 check_columns(file.name, parquet.schema_arrow, image_column, id_column)
                 groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
                 digests = bytearray()
@@ -137,7 +164,8 @@ def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_colu
                             digests += IdSet.digest(id_)
                 return Table(groups, bytes(digests))
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{printable(file.name)} of `--input` cannot be read as Parquet: {error}") from error
+            kind = "a table" if is_manifest(file.name) else "Parquet"
+            raise ValueError(f"{printable(file.name)} of `--input` cannot be read as {kind}: {error}") from error
 
     files = corpus.parts
     with ThreadPoolExecutor(16) as pool:
@@ -173,7 +201,7 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
         return (f"{part.name}#{part.first_row + row}" for row in range(metadata.num_rows))
 
     try:
-        with opened_parquet(fs, part.path, id_column) as parquet:
+        with opened_parquet(fs, part.path, image_column, id_column) as parquet:
             metadata = parquet.metadata.row_group(part.row_group)
             if all(id_ in done for id_ in ids()):
                 return

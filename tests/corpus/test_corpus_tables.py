@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet files of the input: what their columns may hold, whom they are hidden from, what they expand to."""
 
+import json
 import os
 from pathlib import Path
 
@@ -172,3 +173,40 @@ def test_values_beyond_the_limit_are_errors(tmp_path: Path) -> None:
     write_table(file, {"image": [bytes([i]) * 10**6 for i in range(3)]}, compression="zstd", use_dictionary=False)
     errors = {image.error for image in images_of(file, max_image_bytes=2 * 10**6)}
     assert errors == {"ValueError: the row group is compressed more than 100 times, as no images are"}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_manifest_of_paths_and_urls(head_repo: Path, tmp_path: Path, form: str) -> None:
+    write_images(tmp_path / "in/images")
+    expected = extract(head_repo, tmp_path / "in/images", tmp_path / "expected")
+    paths = ["images/0.png", f"file://{tmp_path}/in/images/1.png", str(tmp_path / "in/images/2.png"), "images/gone.png"]
+    keys = [f"{index:04}" for index in range(len(paths))]
+    manifest = tmp_path / f"in/list.{form}"
+    if form == "csv":
+        manifest.write_text(
+            "key,url,number\n" + "".join(f'{key},"{path}",1\n' for key, path in zip(keys, paths, strict=True))
+        )
+    else:
+        records = [{"key": key, "url": path, "more": {"a": [1]}} for key, path in zip(keys, paths, strict=True)]
+        manifest.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for id_column, ids in ((None, [f"list.{form}#{row}" for row in range(4)]), ("key", keys)):
+        output = tmp_path / f"out-{id_column}"
+        for _ in range(2):
+            rows = extract(head_repo, manifest, output, image_column="url", id_column=id_column)
+        assert list(rows) == sorted(ids)
+        for index, id_ in enumerate(ids[:3]):
+            assert rows[id_]["embedding"] == pytest.approx(expected[f"{index}.png"]["embedding"], abs=1e-5)
+        assert rows[ids[3]]["error"] == "FileNotFoundError: No such file or directory"
+    with pytest.raises(ValueError, match=rf"list\.{form} must have a column 'image', got .*'url'"):
+        extract(head_repo, manifest, tmp_path / "none")
+    # In a folder it is none.
+    assert extract(head_repo, tmp_path / "in", tmp_path / "folder").keys() == {f"images/{name}" for name in IMAGES}
+    manifest.write_text("{" if form == "jsonl" else "a,b\n1\n")
+    with pytest.raises(ValueError, match="cannot be read as a table"):
+        extract(head_repo, manifest, tmp_path / "none")
+
+
+def test_a_pattern_that_matches_nothing_is_said(head_repo: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "in")
+    with pytest.raises(FileNotFoundError, match=r"the pattern .*/none\*\.png matches nothing"):
+        extract(head_repo, [source, tmp_path / "none*.png"], tmp_path / "out")
