@@ -105,12 +105,12 @@ class GraphDevice:
         self.device = device
         self.lock = threading.RLock()
         with torch.cuda.device(device):
+            one = torch.ones(16, 16, device=device)
+            torch.mm(one, one)  # loads what may not be loaded during a capture, and makes the context this thread's
             self.done = torch.cuda.Event()
             self.stream, self.pool = own_stream(device), torch.cuda.graph_pool_handle()
             # As long as this graph lives, the pool does.
             self.keeper = torch.cuda.CUDAGraph()
-            one = torch.ones(16, 16, device=device)
-            torch.mm(one, one)  # loads what may not be loaded during a capture
             self.kept = self.capture(self.keeper, lambda: torch.mm(one, one))
 
     def capture(self, graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 """Every Triton kernel compiles for the GPUs it is for, by the Triton that is here and without any of them."""
 
 import os
+from typing import Any
 
 import pytest
 from reference import hub_module
@@ -73,11 +74,11 @@ def attention_of(head_dim: int) -> dict:
     }
 
 
-def cases() -> dict[str, tuple[str, dict]]:
+def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     """Types of arguments and values of constants, by name, of each way in which the engine calls a kernel."""
     if kernels.triton is None:
         return {}
-    found = {
+    found: dict[str, tuple[str, dict[str, Any]]] = {
         "silu_mul": ("silu_mul_kernel", {"gate_up": "*bf16", "output": "*bf16", "size": SIZE, "block": 1024}),
         "native_positions": (
             "native_positions_kernel",
