@@ -71,13 +71,13 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(total_patches, num_channels * patch_size**2)`), grid_thw
                 (`torch.Tensor` of integers of shape `(num_images, 3)`): As for [`Aimv2PackingModel`].
-            kwargs: `output_hidden_states` and `return_dict`, as there.
+            kwargs: `layout`, `output_hidden_states` and all else that it takes.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is what the head gives,
@@ -155,7 +155,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         Args:
             input_ids, attention_mask: As for [`~Aimv2PackingImageTextModel.get_text_features`].
             hidden_states, grid_thw: As for [`~Aimv2PackingImageTextModel.get_image_features`].
-            kwargs: `output_hidden_states`, of both parts, and `return_dict`.
+            kwargs: `output_hidden_states`, of both parts, and `return_dict`; what else the vision tower takes.
 
         Returns:
             [`~transformers.models.aimv2.modeling_aimv2.Aimv2Output`]: `image_embeds` of shape `(num_segments,

@@ -241,6 +241,11 @@ def resolve_layout(
     validate_positions(given, num_patches)
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
+    if positions and not positions.keys() & needed:
+        raise ValueError(
+            f"`{next(iter(positions))}` is not read by a model with {'sin-cos' if config.is_native else 'learned'} "
+            f"positions: give {' and '.join(f'`{name}`' for name in sorted(needed))}."
+        )
     if "cu_seqlens" in given and positions.keys() >= needed:
         return PackedLayout(**segments_from(given, num_patches), **positions)
     layout = (whole_layout if torch.compiler.is_compiling() else packed_layout)(grid_thw, config, num_patches)
@@ -315,8 +320,9 @@ def mean_over_segments(features: torch.Tensor, cu_seqlens: torch.Tensor) -> torc
     of `features`.
     """
     lengths = cu_seqlens.diff().to(features.device, non_blocking=True)
-    # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
-    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True).to(features.dtype)
+    # In float32 at least: thousands of patches add up. Unsafe: the checks would wait for the device.
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.segment_reduce(wide, "mean", lengths=lengths, unsafe=True).to(features.dtype)
 
 
 def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
@@ -367,7 +373,7 @@ def kind_of(value: object) -> str:
 
 def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> None:
     """
-    Refuses by name what a forward would ignore; lets through what transformers, Trainer and PEFT pass to any model.
+    Refuses by name what a forward would ignore, but not what transformers, Trainer and PEFT pass to any model.
 
     Raises:
         ValueError: an argument of another model, or one that this model cannot serve.
@@ -478,11 +484,15 @@ def validate_max_seqlen(max_seqlen: int, longest: int) -> None:
 
 def validate_positions(given: dict[str, Any], num_patches: int) -> None:
     for name, columns in (("position_ids", 2), ("interp_indices", 16), ("interp_weights", 16)):
-        value = given.get(name)
-        if value is not None and (not is_dense(value) or tuple(value.shape) != (num_patches, columns)):
+        value, real = given.get(name), name == "interp_weights"
+        if value is not None and (
+            not is_dense(value)
+            or tuple(value.shape) != (num_patches, columns)
+            or not (value.is_floating_point() if real else value.dtype in INTEGER_DTYPES)
+        ):
             raise ValueError(
-                f"`{name}` must be a tensor of shape ({num_patches}, {columns}), one row per patch, got "
-                f"{kind_of(value)}."
+                f"`{name}` must be a tensor of {'floating-point values' if real else 'integers'} of shape "
+                f"({num_patches}, {columns}), one row per patch, got {kind_of(value)}."
             )
 
 

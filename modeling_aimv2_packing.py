@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, maybe_autocast
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .layout_aimv2_packing import (
@@ -115,7 +117,7 @@ def segment_attention(
     if in_several_calls(query, layout):
         outputs = [
             segment_attention(
-                module, query[segments if one_query else patches], key[patches], value[patches], part, one_query
+                module, query[segments if one_query else patches], key[patches], value[patches], part, one_query, maps
             )
             for segments, patches, part in split_by_segments(layout)
         ]
@@ -214,9 +216,11 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
 def may_draw_random_numbers(layer: nn.Module) -> bool:
     """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
     config = layer.config
-    if config.attention_dropout or not (
-        config._attn_implementation in ("sdpa", "eager") or is_flash_attention_requested(config)
-    ):
+    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(config._attn_implementation)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    if config.attention_dropout or not (interface is known or is_flash_attention_requested(config)):
+        return True
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     return not all(map(draws_nothing, layer.modules()))
 
@@ -293,7 +297,9 @@ class Aimv2PackingEmbeddings(nn.Module):
         matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
         for index, weight in zip(indices, weights, strict=True):
             matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
-        return matrix @ table
+        # Under autocast, too, as in the original.
+        with maybe_autocast(matrix.device.type, enabled=False):
+            return matrix @ table
 
 
 class Aimv2PackingAttention(nn.Module):
@@ -529,6 +535,10 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if layout.runs is None and not self._reads_cu_seqlens(hidden_states.device):
             if not is_traced():
                 return hidden_states, with_runs(layout, hidden_states.shape[0])
+            if kwargs.get("output_attentions") or self.config.output_attentions:
+                raise ValueError(
+                    "`output_attentions` needs the lengths of the segments, which a program for any mix does not know."
+                )
             if self.config._attn_implementation == "sdpa":
                 # Batched attention: a program for images of one size.
                 return hidden_states + zero_if_of_one_length(layout.cu_seqlens, hidden_states.shape[0]), layout
@@ -587,6 +597,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
         Raises:
             ValueError: there is no such block, or the arguments of `forward` do not agree.
+            TypeError: an argument is for the outputs of `forward`.
         """
         num_blocks = len(self.encoder.layers)
         blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
@@ -596,6 +607,9 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             )
         if reshape and grid_thw is None:
             raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
+            if kwargs.get(name) is not None:
+                raise TypeError(f"`{name}` is not an argument of `get_intermediate_layers`.")
         depths = [block % num_blocks + 1 for block in blocks]
         hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
         rising = sorted(set(depths))

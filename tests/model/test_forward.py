@@ -76,7 +76,16 @@ def layout_of_four(**changes):
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
-        ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
+        (
+            {"position_ids": torch.zeros(4, 3, dtype=torch.int64)},
+            "`position_ids` must be a tensor of integers of shape (4, 2)",
+        ),
+        ({"position_ids": torch.zeros(4, 2)}, "`position_ids` must be a tensor of integers of shape (4, 2)"),
+        ({"interp_indices": torch.zeros(4, 16)}, "`interp_indices` must be a tensor of integers of shape (4, 16)"),
+        (
+            {"interp_weights": torch.zeros(4, 16, dtype=torch.int64)},
+            "`interp_weights` must be a tensor of floating-point values of shape (4, 16)",
+        ),
         ({"layout": packed_layout(torch.tensor([[1, 2, 3]]), Aimv2PackingConfig())}, "`layout` describes 6 patches"),
         ({"layout": {"cu_seqlens": torch.tensor([0, 4])}}, "`layout` must be a "),
         (
@@ -85,9 +94,15 @@ def layout_of_four(**changes):
         ),
         ({"layout": layout_of_four(cu_seqlens=torch.tensor([0, 2, 4]))}, "`layout.cu_seqlens` must be of shape (2,)"),
         ({"layout": layout_of_four(max_seqlen=3)}, "`max_seqlen` must be at least the longest segment, 4 patches"),
-        ({"layout": layout_of_four(position_ids=torch.zeros(5, 2))}, "`position_ids` must be a tensor of shape (4, 2)"),
+        (
+            {"layout": layout_of_four(position_ids=torch.zeros(5, 2, dtype=torch.int64))},
+            "`position_ids` must be a tensor of integers of shape (4, 2)",
+        ),
         ({"layout": layout_of_four(runs=None, cu_seqlens=torch.tensor([0, 3]))}, "`cu_seqlens` describes 3 patches"),
-        ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
+        (
+            {"interp_weights": torch.zeros(5, 16)},
+            "`interp_weights` must be a tensor of floating-point values of shape (4, 16)",
+        ),
     ],
 )
 def test_values_computed_ahead_must_describe_the_patches(model, given, message):
@@ -128,6 +143,48 @@ def test_attention_maps_are_those_of_the_original_image_by_image():
     for layer, maps in enumerate(ours):
         for image, weights in enumerate(maps):
             assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
+
+
+def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        expected = packed(**inputs, output_attentions=True).attentions
+        monkeypatch.setattr(hub_module("layout"), "MAX_SEGMENTS_PER_CALL", 4)
+        monkeypatch.setattr(hub_module("modeling"), "in_several_calls", lambda _, layout: len(layout.lengths) > 4)
+        ours = packed(**inputs, output_attentions=True).attentions
+    for maps, theirs in zip(ours, expected, strict=True):
+        assert len(maps) == len(ODD_GRIDS)
+        for weights, other in zip(maps, theirs, strict=True):
+            assert (weights - other).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attention_maps_of_a_program_for_any_mix_are_refused():
+    """It does not know how many segments there are."""
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+
+    class Maps(torch.nn.Module):
+        def forward(self, hidden_states, cu_seqlens, position_ids):
+            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "output_attentions": True}
+            return packed(hidden_states, **given).attentions[0]
+
+    values = (inputs["hidden_states"], layout.cu_seqlens, layout.position_ids)
+    with pytest.raises(ValueError, match="`output_attentions` needs the lengths of the segments"):
+        torch.jit.trace(Maps(), values)
+
+
+@pytest.mark.parametrize(("is_native", "name"), [(True, "interp_weights"), (False, "position_ids")])
+def test_positions_that_the_model_does_not_read_are_refused(is_native, name):
+    """Unless those that it reads are there, too: transformers' exporters give all."""
+    packed, inputs = packing_model(reference_model(is_native=is_native)), pack(random_images([(2, 2)]))
+    unread = {"interp_weights": torch.zeros(4, 16), "position_ids": torch.zeros(4, 2, dtype=torch.int64)}[name]
+    with pytest.raises(ValueError, match=f"`{name}` is not read by a model with .* positions"):
+        packed(**inputs, **{name: unread})
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+    read = {own: value for own, value in layout.tensors().items() if own.startswith(("position", "interp"))}
+    with torch.inference_mode():
+        assert torch.equal(packed(**inputs, **read, **{name: unread})[0], packed(**inputs)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
@@ -309,6 +366,21 @@ def test_intermediate_layers_are_those_of_the_original(plain):
         (maps,) = packed.get_intermediate_layers(**inputs, n=[1], reshape=True, norm=False)
         assert [tuple(image.shape) for image in maps] == [(1, 3, 5, 64), (1, 2, 2, 64)]
         assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])
+def test_intermediate_layers_take_no_option_of_outputs(name):
+    packed = packing_model(reference_model(), attn="eager")
+    with pytest.raises(TypeError, match=f"`{name}` is not an argument of `get_intermediate_layers`"):
+        packed.get_intermediate_layers(**pack(random_images([(2, 2)])), **{name: True})
+
+
+def test_a_mean_in_float64_is_one_in_float64():
+    packed, inputs = packing_model(reference_model(torch.float64)), pack(random_images([(3, 5), (2, 2)]))
+    with torch.inference_mode():
+        outputs = packed.get_image_features(**inputs)
+    expected = torch.stack([part.mean(0) for part in outputs.last_hidden_state.split([15, 4])])
+    assert (outputs.pooler_output - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("plain", [True, False])
