@@ -217,7 +217,9 @@ class Inputs:
             # A kernel of the user's choice may read past a segment's end.
             self.buffers.patches[own:].zero_()
         count = layout.cu_seqlens.new_full((1,), len(layout.cu_seqlens) - 1)
-        parts = [count, layout.cu_seqlens, *([layout.frame_sizes.view(-1)] if self.budget.has_frames else [])]
+        parts = [count, layout.cu_seqlens]
+        if self.budget.has_frames and layout.frame_sizes is not None:
+            parts.append(layout.frame_sizes.view(-1))
         segments = torch.cat(parts)
         self.segments[: len(segments)].copy_(segments, non_blocking=True)
         given = (layout.position_ids,) if len(self.positions) == 1 else (layout.interp_indices, layout.interp_weights)
@@ -468,7 +470,7 @@ def compiler_failure(dtype: torch.dtype, device: torch.device) -> str | None:
 # What the accelerated model calls
 
 
-def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any) -> str | None:
+def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout | None, state: Any) -> str | None:
     """Why this forward cannot run here; `None` where it can."""
     if torch.cuda.is_current_stream_capturing():
         return "the caller captures a CUDA graph"

@@ -563,7 +563,7 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
 
     def target_size(self, images_kwargs: Mapping[str, Any] | None = None) -> TargetSize:
         """How a call with these arguments resizes; raises what the call would."""
-        kwargs = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        kwargs: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
         # Its own were checked when it was made.
         if images_kwargs:
             given = lower_minimum(images_kwargs, self.min_patches)

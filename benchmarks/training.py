@@ -122,7 +122,11 @@ def products_and_attention(model: nn.Module, grids: list[Grid], device: str) -> 
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = captured(run)
-    return lambda kept=run: graph.replay()
+
+    def replay(kept: Step = run) -> None:
+        graph.replay()
+
+    return replay
 
 
 def packed_step(model: nn.Module, patches: torch.Tensor, grid_thw: torch.Tensor) -> Step:

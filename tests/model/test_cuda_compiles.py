@@ -96,7 +96,13 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         ),
     }
     for has_frames in (False, True):
-        arguments = {"segments": "*i32", "located": "*i32", "patches": "i32", "has_frames": has_frames, "block": 128}
+        arguments: dict[str, object] = {
+            "segments": "*i32",
+            "located": "*i32",
+            "patches": "i32",
+            "has_frames": has_frames,
+            "block": 128,
+        }
         found[f"locate_patches_{has_frames}"] = ("locate_patches_kernel", arguments)
         arguments = {
             **{"located": "*i32", "indices": "*i64", "weights": "*fp32", "table": "*bf16", "output": "*bf16"},
