@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .cpu_engine_aimv2_packing import encode as encode_on_cpu
 from .cpu_engine_aimv2_packing import refusal as cpu_refusal
+from .cuda_engine_aimv2_packing import CudaGraphSettings, addresses_of, capture, lay_weights, release
 from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
 from .layout_aimv2_packing import PackedLayout
@@ -60,6 +61,8 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
             plain model did, or none has run yet.
         engine_refusal (`str`, or `None`): Why no engine ran the last forward; `None` where one did, or none has run
             yet.
+        cuda_graph_settings (`CudaGraphSettings`): Of which batches the CUDA engine captures graphs, and how many; and
+            whether it gives an image the same bits in any batch.
 
     Example:
 
@@ -74,6 +77,50 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
     use_engines = True
     last_engine: str | None = None
     engine_refusal: str | None = None
+    cuda_graph_settings = CudaGraphSettings()
+
+    def capture_cuda_graphs(self, lengths: Sequence[int]) -> None:
+        """
+        Captures before the first forward the CUDA graph that serves segments of these lengths, and every mix of as many
+        patches, rounded up.
+
+        Args:
+            lengths (sequence of `int`): Patches of each segment; their sum decides.
+
+        Raises:
+            ValueError: there are no lengths, one is below 1, or no engine runs this model on a GPU as it is.
+            RuntimeError: the graph could not be captured, or `cuda_graph_settings` allows none of this size.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"`lengths` must hold patches of at least one segment, each 1 or more, got {lengths!r}.")
+        state = current_state(self)
+        with torch.no_grad():
+            patches = torch.empty(1, 1, device=state.device)
+            reason = None if state.device.type == "cuda" else f"the weights are on {state.device}"
+            reason = reason or refusal_of_modules(self, patches, state) or cuda_refusal(self, patches, None, state)
+            if reason is not None:
+                raise ValueError(f"No CUDA graph can be captured: {reason}.")
+            capture(self, state, lengths)
+
+    def release_cuda_graphs(self) -> None:
+        """Frees the CUDA graphs and their buffers; later forwards capture what they need."""
+        release(current_state(self))
+
+    def _apply(self, *args, **kwargs):
+        before = addresses_of(self)
+        applied = super()._apply(*args, **kwargs)
+        lay_weights(self, before)
+        return applied
+
+    def _initialize_weights(self, module, *args, **kwargs):
+        super()._initialize_weights(module, *args, **kwargs)
+        # The last that `from_pretrained` does with the model, or with the one that this is a part of.
+        if module is self:
+            lay_weights(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        lay_weights(self)
 
     def encode(
         self,

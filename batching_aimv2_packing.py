@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler, default_collate, get_worker_info
 
+from .layout_aimv2_packing import unpack_features
+
 
 # Images that are packed together when shuffling: enough to fill nearly every batch, few enough to stay random.
 IMAGES_PER_WINDOW = 1024
@@ -62,27 +64,6 @@ def pack_in_order(
             group, filled = [], 0
     if group:
         yield group
-
-
-def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
-    """
-    Splits packed features into one map per image or video.
-
-    Args:
-        features (`torch.Tensor` of shape `(total_patches, ...)`): Such as `last_hidden_state`.
-        grid_thw (`torch.Tensor` of integers of shape `(num_images, 3)`): What the model was called with.
-
-    Returns:
-        `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
-
-    Raises:
-        ValueError: `grid_thw` does not describe as many patches as `features` holds.
-    """
-    grids = grid_thw.tolist()
-    lengths = [t * h * w for t, h, w in grids]
-    if sum(lengths) != len(features):
-        raise ValueError(f"`grid_thw` describes {sum(lengths)} patches, but `features` holds {len(features)}.")
-    return [part.unflatten(0, grid) for part, grid in zip(features.split(lengths), grids, strict=True)]
 
 
 def merge_patches(features: torch.Tensor, grid_thw: torch.Tensor, merge_size: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .batching_aimv2_packing import pack_in_order
 from .layout_aimv2_packing import PackedLayout, equal_length_runs, with_positions
 
 
@@ -96,16 +97,8 @@ def plan_blocks(lengths: Sequence[int]) -> list[Block]:
     in_order = 2 * len(set(lengths)) > sum(1 for _ in groupby(lengths))
     order = range(num_segments) if in_order else sorted(range(num_segments), key=lengths.__getitem__)
     starts = list(accumulate(lengths, initial=0))
-    groups: list[list[int]] = []
-    patches = PATCHES_PER_BLOCK
-    for index in order:
-        if patches + lengths[index] > PATCHES_PER_BLOCK:
-            groups.append([])
-            patches = 0
-        groups[-1].append(index)
-        patches += lengths[index]
     blocks = []
-    for group in groups:
+    for group in pack_in_order(order, lengths.__getitem__, PATCHES_PER_BLOCK):
         rows: slice | torch.Tensor = slice(starts[group[0]], starts[group[-1] + 1])
         if not in_order:
             rows = torch.cat([torch.arange(starts[index], starts[index + 1], device="cpu") for index in group])

@@ -478,6 +478,8 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
     def fetch_images(self, image_url_or_urls, allow_urls=None, max_image_pixels=None):
         """Reads paths, URLs and base64 strings; passes images on, with a channel dimension where they have none."""
         given = image_url_or_urls
+        if isinstance(given, PIL.Image.Image):
+            return given
         allow_urls = self.allow_urls if allow_urls is None else allow_urls
         max_image_pixels = self.max_image_pixels if max_image_pixels is None else max_image_pixels
         if isinstance(given, (str, os.PathLike)):
@@ -561,12 +563,13 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
 
     def target_size(self, images_kwargs: Mapping[str, Any] | None = None) -> TargetSize:
         """How a call with these arguments resizes; raises what the call would."""
-        given = lower_minimum(images_kwargs or {}, self.min_patches)
-        validate_typed_dict(self.valid_kwargs, given)
-        kwargs = self._standardize_kwargs(
-            **{name: getattr(self, name, None) for name in self._valid_kwargs_names} | given
-        )
-        self._validate_preprocess_kwargs(**kwargs)
+        kwargs: dict[str, Any] = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        # Its own were checked when it was made.
+        if images_kwargs:
+            given = lower_minimum(images_kwargs, self.min_patches)
+            validate_typed_dict(self.valid_kwargs, given)
+            kwargs = self._standardize_kwargs(**kwargs | given)
+            self._validate_preprocess_kwargs(**kwargs)
         return TargetSize(**{name: kwargs[name] for name in TargetSize._fields})
 
     def to_dict(self) -> dict[str, Any]:

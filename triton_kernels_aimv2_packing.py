@@ -1,8 +1,11 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of an encoder: positions, norms, gate and up with what joins them, and attention inside segments."""
+"""Triton kernels of an encoder: positions, norms, products, gate and up with what joins them, attention in segments."""
 
+import logging
 import math
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,12 +22,17 @@ try:
 except ImportError:
     TensorDescriptor = None
 
+logger = logging.getLogger(__name__)
+
+# What older versions of Triton do by default, and newer ones warn of or do otherwise.
+FUSED = {"enable_fp_fusion": True}
+
 # Of attention; measured on an H100, docs/kernels.md.
 BLOCK_ROWS, BLOCK_KEYS, WARPS, STAGES = 64, 64, 4, 3
 
 
-class SwigluTile(NamedTuple):
-    """Rows, columns of gate and of up, and hidden values of a tile; tiles of rows that share columns in the cache."""
+class Tile(NamedTuple):
+    """Rows, columns (of gate and of up) and hidden values of a tile; tiles of rows that share columns in the cache."""
 
     rows: int
     columns: int
@@ -34,8 +42,14 @@ class SwigluTile(NamedTuple):
     stages: int
 
 
-# Both write the same bits. The low one takes 0.53 of the time of the other; measured on an H100, docs/kernels.md.
-TALL_TILE, LOW_TILE, LOW_TILE_TIME = SwigluTile(128, 128, 64, 8, 8, 4), SwigluTile(64, 128, 64, 8, 4, 4), 0.53
+# The time of a tile relative to the first; all write the same bits. Measured on an H100, docs/kernels.md.
+SWIGLU_TILES = {Tile(128, 128, 64, 8, 8, 4): 1.0, Tile(64, 128, 64, 8, 4, 4): 0.53}
+PRODUCT_TILES = {
+    Tile(128, 128, 64, 8, 4, 4): 1.0,
+    Tile(64, 128, 128, 8, 4, 3): 0.63,
+    Tile(64, 64, 128, 8, 4, 4): 0.41,
+    Tile(64, 32, 128, 8, 4, 5): 0.34,
+}
 
 if triton is not None:
 
@@ -68,6 +82,41 @@ if triton is not None:
         tl.store(output + row * size + columns, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)
 
     @triton.jit
+    def corner_of(tile, row_tiles, column_tiles, group: tl.constexpr):
+        # `group` tiles of rows share the columns' weights while those are in the L2 cache.
+        first = tile // (group * column_tiles) * group
+        height = tl.minimum(row_tiles - first, group)
+        within = tile % (group * column_tiles)
+        return first + within % height, within // height
+
+    @triton.jit
+    def product_kernel(
+        hidden_states,
+        weight,
+        bias,
+        output,
+        patches,
+        hidden_size: tl.constexpr,
+        size: tl.constexpr,
+        block_rows: tl.constexpr,
+        block_columns: tl.constexpr,
+        block_hidden: tl.constexpr,
+        group: tl.constexpr,
+        has_bias: tl.constexpr,
+    ):
+        row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
+        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+            row, column = corner_of(tile, row_tiles, column_tiles, group)
+            row, column = row * block_rows, column * block_columns
+            total = tl.zeros([block_rows, block_columns], tl.float32)
+            for hidden in range(0, hidden_size, block_hidden):
+                total = tl.dot(hidden_states.load([row, hidden]), weight.load([column, hidden]).T, total)
+            if has_bias:
+                columns = column + tl.arange(0, block_columns)
+                total += tl.load(bias + columns, mask=columns < size, other=0.0).to(tl.float32)[None, :]
+            output.store([row, column], total.to(output.dtype))
+
+    @triton.jit
     def swiglu_kernel(
         hidden_states,
         gate_up_weight,
@@ -83,12 +132,8 @@ if triton is not None:
         row_tiles, column_tiles = tl.cdiv(patches, block_rows), tl.cdiv(size, block_columns)
         # Flat, so that the next tile's first blocks are on their way while this one is finished.
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-            # `group` tiles of rows share the columns' weights while those are in the L2 cache.
-            first = tile // (group * column_tiles) * group
-            height = tl.minimum(row_tiles - first, group)
-            place = tile % (group * column_tiles)
-            row = (first + place % height) * block_rows
-            column = place // height * block_columns
+            row, column = corner_of(tile, row_tiles, column_tiles, group)
+            row, column = row * block_rows, column * block_columns
             gate_up = tl.zeros([block_rows, 2 * block_columns], tl.float32)
             for hidden in range(0, hidden_size, block_hidden):
                 block = hidden_states.load([row, hidden])
@@ -100,12 +145,14 @@ if triton is not None:
             output.store([row, column], (gate * root * (up * root)).to(output.dtype))
 
     @triton.jit
-    def patch_places_kernel(cu_seqlens, frame_sizes, places, patches, segments, block: tl.constexpr):
+    def locate_patches_kernel(segments, located, patches, has_frames: tl.constexpr, block: tl.constexpr):
         rows = tl.program_id(0) * block + tl.arange(0, block)
+        count = tl.load(segments)
+        cu_seqlens = segments + 1
         # The number of segments that begin at or before each row, by bisection.
         low = tl.zeros([block], tl.int32)
-        high = tl.zeros([block], tl.int32) + segments
-        width = segments
+        high = tl.zeros([block], tl.int32) + count
+        width = count
         while width > 0:
             middle = (low + high + 1) // 2
             before = tl.load(cu_seqlens + middle) <= rows
@@ -113,30 +160,37 @@ if triton is not None:
             high = tl.where(before, high, tl.maximum(middle - 1, low))
             width = width // 2
         inside = rows < patches
+        own = low < count
         start = tl.load(cu_seqlens + low)
-        end = tl.minimum(tl.load(cu_seqlens + tl.minimum(low + 1, segments)), patches)
-        own = tl.minimum(low, segments - 1)
-        height, width = tl.load(frame_sizes + own), tl.load(frame_sizes + segments + own)
-        within = (rows - start) % (height * width)
-        tl.store(places + rows, start, mask=inside)
-        tl.store(places + patches + rows, end, mask=inside)
-        tl.store(places + 2 * patches + rows, within // width, mask=inside)
-        tl.store(places + 3 * patches + rows, within % width, mask=inside)
-        tl.store(places + 4 * patches + rows, height, mask=inside)
-        tl.store(places + 5 * patches + rows, width, mask=inside)
+        # What follows the last segment is padding, a segment of its own.
+        end = tl.load(cu_seqlens + low + 1, mask=own, other=2147483647)
+        tl.store(located + rows, start, mask=inside)
+        tl.store(located + patches + rows, tl.minimum(end, patches), mask=inside)
+        if has_frames:
+            frames = cu_seqlens + count + 1
+            height = tl.load(frames + low, mask=own, other=1)
+            width = tl.load(frames + count + low, mask=own, other=1)
+            within = (rows - start) % (height * width)
+            tl.store(located + 2 * patches + rows, within // width, mask=inside)
+            tl.store(located + 3 * patches + rows, within % width, mask=inside)
+            tl.store(located + 4 * patches + rows, height, mask=inside)
+            tl.store(located + 5 * patches + rows, width, mask=inside)
 
     @triton.jit
-    def native_positions_kernel(places, table, output, patches, positions, half: tl.constexpr, block: tl.constexpr):
-        patch = tl.program_id(0)
-        # Never outside the table, whatever the places hold.
-        row = tl.minimum(tl.maximum(tl.load(places + 2 * patches + patch), 0), positions - 1)
-        column = tl.minimum(tl.maximum(tl.load(places + 3 * patches + patch), 0), positions - 1)
+    def native_positions_kernel(rows, columns, stride, frequencies, output, count: tl.constexpr, block: tl.constexpr):
+        patch = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        inside = at < half
-        output += patch.to(tl.int64) * 2 * half
-        # The model was trained with the column first.
-        tl.store(output + at, tl.load(table + column * half + at, mask=inside), mask=inside)
-        tl.store(output + half + at, tl.load(table + row * half + at, mask=inside), mask=inside)
+        inside = at < count
+        frequency = tl.load(frequencies + at, mask=inside, other=0.0)
+        across = tl.load(columns + patch * stride).to(tl.float64) * frequency
+        down = tl.load(rows + patch * stride).to(tl.float64) * frequency
+        output += patch * 4 * count + at
+        # The model was trained with the column first. Through float32, as PyTorch converts.
+        dtype = output.dtype.element_ty
+        tl.store(output, tl.sin(across).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + count, tl.cos(across).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + 2 * count, tl.sin(down).to(tl.float32).to(dtype), mask=inside)
+        tl.store(output + 3 * count, tl.cos(down).to(tl.float32).to(dtype), mask=inside)
 
     @triton.jit
     def cubic_weight(distance):
@@ -147,36 +201,47 @@ if triton is not None:
 
     @triton.jit
     def learned_positions_kernel(
-        places, table, output, patches, side: tl.constexpr, size: tl.constexpr, block: tl.constexpr
+        located,
+        indices,
+        weights,
+        table,
+        output,
+        patches,
+        side: tl.constexpr,
+        size: tl.constexpr,
+        block: tl.constexpr,
+        has_frames: tl.constexpr,
     ):
-        patch = tl.program_id(0)
-        row = tl.load(places + 2 * patches + patch).to(tl.float32)
-        column = tl.load(places + 3 * patches + patch).to(tl.float32)
-        height = tl.load(places + 4 * patches + patch).to(tl.float32)
-        width = tl.load(places + 5 * patches + patch).to(tl.float32)
-        # Half-pixel centres, as in F.interpolate.
-        y = tl.div_rn((row + 0.5) * side, height) - 0.5
-        x = tl.div_rn((column + 0.5) * side, width) - 0.5
-        top, left = tl.floor(y), tl.floor(x)
+        patch = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        inside = at < size
         total = tl.zeros([block], tl.float32)
-        for i in tl.static_range(-1, 3):
-            vertical = cubic_weight(tl.abs(y - top - i))
-            line = tl.minimum(tl.maximum(top.to(tl.int32) + i, 0), side - 1) * side
-            for j in tl.static_range(-1, 3):
-                weight = vertical * cubic_weight(tl.abs(x - left - j))
-                learned = line + tl.minimum(tl.maximum(left.to(tl.int32) + j, 0), side - 1)
-                total += weight * tl.load(table + learned * size + at, mask=inside, other=0.0).to(tl.float32)
-        output += patch.to(tl.int64) * size
-        tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
+        if has_frames:
+            row = tl.load(located + 2 * patches + patch).to(tl.float32)
+            column = tl.load(located + 3 * patches + patch).to(tl.float32)
+            # Half-pixel centres, as in F.interpolate.
+            y = tl.div_rn((row + 0.5) * side, tl.load(located + 4 * patches + patch).to(tl.float32)) - 0.5
+            x = tl.div_rn((column + 0.5) * side, tl.load(located + 5 * patches + patch).to(tl.float32)) - 0.5
+            top, left = tl.floor(y), tl.floor(x)
+        for tap in tl.static_range(16):
+            if has_frames:
+                i, j = tap // 4 - 1, tap % 4 - 1
+                weight = cubic_weight(tl.abs(y - top - i)) * cubic_weight(tl.abs(x - left - j))
+                line = tl.minimum(tl.maximum(top.to(tl.int32) + i, 0), side - 1) * side
+                index = line + tl.minimum(tl.maximum(left.to(tl.int32) + j, 0), side - 1)
+            else:
+                weight = tl.load(weights + patch * 16 + tap)
+                index = tl.load(indices + patch * 16 + tap)
+            # NaN, not what lies outside the table.
+            known = (at < size) & (index >= 0) & (index < side * side)
+            total += weight * tl.load(table + index * size + at, mask=known, other=float("nan")).to(tl.float32)
+        tl.store(output + patch * size + at, total.to(output.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def attend_to_block(
-        query,
-        keys,
-        values,
-        stride,
+        qkv,
+        key_column,
+        size: tl.constexpr,
+        queries,
         scale,
         first,
         end,
@@ -185,21 +250,15 @@ if triton is not None:
         attended,
         masked: tl.constexpr,
         block: tl.constexpr,
-        head_dim: tl.constexpr,
     ):
-        rows = first + tl.arange(0, block)
-        at = rows.to(tl.int64)[:, None] * stride + tl.arange(0, head_dim)[None, :]
-        inside = rows < end
-        # Zeros, not what follows the segment: a weight of 0 times a stranger's NaN would be NaN.
+        key = qkv.load([first, key_column])
+        scores = tl.dot(queries, key.T)
+        value = qkv.load([first, key_column + size])
         if masked:
-            key = tl.load(keys + at, mask=inside[:, None], other=0.0)
-            value = tl.load(values + at, mask=inside[:, None], other=0.0)
-        else:
-            key = tl.load(keys + at)
-            value = tl.load(values + at)
-        scores = tl.dot(query, tl.trans(key))
-        if masked:
+            inside = first + tl.arange(0, block) < end
             scores = tl.where(inside[None, :], scores, float("-inf"))
+            # Zeros, not what follows the segment: a weight of 0 times a stranger's NaN would be NaN.
+            value = tl.where(inside[:, None], value, 0.0)
         larger = tl.maximum(maxima, tl.max(scores, 1) * scale)
         weights = tl.math.exp2(scores * scale - larger[:, None])
         shrink = tl.math.exp2(maxima - larger)
@@ -208,15 +267,13 @@ if triton is not None:
 
     @triton.jit
     def segment_attention_kernel(
+        qkv,
         query,
-        keys,
-        values,
         output,
-        starts,
-        ends,
+        located,
         scale,
-        stride,
         patches,
+        size: tl.constexpr,
         head_dim: tl.constexpr,
         block_rows: tl.constexpr,
         block_keys: tl.constexpr,
@@ -224,14 +281,12 @@ if triton is not None:
         head = tl.program_id(1)
         rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
         inside = rows < patches
-        row_starts = tl.load(starts + rows, mask=inside, other=-1)
-        row_ends = tl.load(ends + rows, mask=inside, other=0)
-        dims = tl.arange(0, head_dim)
-        at = rows.to(tl.int64)[:, None] * stride + head * head_dim + dims[None, :]
-        queries = tl.load(query + at, mask=inside[:, None], other=0.0)
-        keys += head * head_dim
-        values += head * head_dim
-        out = rows.to(tl.int64)[:, None] * (tl.num_programs(1) * head_dim) + head * head_dim + dims[None, :]
+        row_starts = tl.load(located + rows, mask=inside, other=-1)
+        row_ends = tl.load(located + patches + rows, mask=inside, other=0)
+        at = rows.to(tl.int64)[:, None] * size + head * head_dim + tl.arange(0, head_dim)[None, :]
+        out = output + at
+        queries = tl.load(query + at + rows.to(tl.int64)[:, None] * 2 * size, mask=inside[:, None], other=0.0)
+        key_column = size + head * head_dim
         first = tl.max(tl.where(rows == tl.program_id(0) * block_rows, row_starts, -1), 0)
         last = tl.max(row_ends, 0)
         # One segment after the other: the rows of others compute along, but nothing of theirs is kept.
@@ -244,25 +299,13 @@ if triton is not None:
             whole = first + (end - first) // block_keys * block_keys
             for block in range(first, whole, block_keys):
                 maxima, sums, attended = attend_to_block(
-                    queries,
-                    keys,
-                    values,
-                    stride,
-                    scale,
-                    block,
-                    end,
-                    maxima,
-                    sums,
-                    attended,
-                    False,
-                    block_keys,
-                    head_dim,
+                    qkv, key_column, size, queries, scale, block, end, maxima, sums, attended, False, block_keys
                 )
             if whole < end:
                 maxima, sums, attended = attend_to_block(
-                    queries, keys, values, stride, scale, whole, end, maxima, sums, attended, True, block_keys, head_dim
+                    qkv, key_column, size, queries, scale, whole, end, maxima, sums, attended, True, block_keys
                 )
-            tl.store(output + out, (attended / sums[:, None]).to(queries.dtype), mask=own[:, None])
+            tl.store(out, (attended / sums[:, None]).to(queries.dtype), mask=own[:, None])
             # Never backwards, whatever the bounds hold: a loop without end would hang the GPU.
             first = tl.maximum(end, first + 1)
 
@@ -280,12 +323,10 @@ def add_rms_norm(
         weight (`torch.Tensor` of shape `(size,)`): Of the same dtype.
         eps (`float`): Added to the mean square.
     """
-    patches, size = residual.shape
+    (patches, size), added = residual.shape, residual if delta is None else delta
     block = triton.next_power_of_2(size)
-    added = residual if delta is None else delta
-    add_rms_norm_kernel[(patches,)](
-        residual, added, weight, out, eps, size, block, delta is not None, num_warps=max(1, min(8, block // 256))
-    )
+    options = {"num_warps": max(1, min(8, block // 256)), **FUSED}
+    add_rms_norm_kernel[(patches,)](residual, added, weight, out, eps, size, block, delta is not None, **options)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
@@ -297,21 +338,121 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous, of the same dtype of at most 32 bits.
     """
     patches, size = out.shape
-    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4)
+    silu_mul_kernel[(patches, triton.cdiv(size, 1024))](gate_up, out, size, 1024, num_warps=4, **FUSED)
 
 
-def swiglu_tile(patches: int, size: int, processors: int) -> SwigluTile:
-    """The faster tile. Tiles run in waves of one per multiprocessor."""
-    tall, low = (triton.cdiv(tiles(tile, patches, size), processors) for tile in (TALL_TILE, LOW_TILE))
-    return LOW_TILE if LOW_TILE_TIME * low < tall else TALL_TILE
+def tiles_and_options(tile: Tile | None, times: dict[Tile, float], out: torch.Tensor) -> tuple[Tile, int, dict]:
+    """The tile, by default the fastest of `times`; how many programs run at once; and how to compile them."""
+    patches, size = out.shape
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
+    counts = {
+        own: triton.cdiv(patches, own.rows) * triton.cdiv(size, own.columns)
+        for own in times | ({} if tile is None else {tile: 1.0})
+    }
+    # Tiles run in waves of one per multiprocessor.
+    tile = tile or min(times, key=lambda own: times[own] * triton.cdiv(counts[own], processors))
+    return tile, min(counts[tile], processors), {"num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
 
 
-def tiles(tile: SwigluTile, patches: int, size: int) -> int:
-    return triton.cdiv(patches, tile.rows) * triton.cdiv(size, tile.columns)
+def product_in_order(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, tile: Tile | None = None
+) -> None:
+    """
+    `out = states @ weight.T + bias` in half precision: sums in float32, over the hidden values in their order,
+    and one rounding. Each row of `out` depends on its own row of `states` only, bit for bit.
+
+    Args:
+        states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
+        weight (`torch.Tensor` of shape `(size, hidden_size)`): Contiguous.
+        bias (`torch.Tensor` of shape `(size,)`, or `None`): Contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Rows of a multiple of 8 values apart.
+        tile (`Tile`, *optional*): By default the fastest one.
+    """
+    tile, programs, options = tiles_and_options(tile, PRODUCT_TILES, out)
+    rows = TensorDescriptor.from_tensor(states, [tile.rows, tile.hidden])
+    weights = TensorDescriptor.from_tensor(weight, [tile.columns, tile.hidden])
+    values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
+    sizes, has_bias = (len(out), *weight.shape[::-1]), bias is not None
+    added = bias if has_bias else weight
+    product_kernel[(programs,)](rows, weights, added, values, *sizes, *tile[:4], has_bias, **options)
+
+
+def blas_numerics() -> tuple:
+    """The settings that say which of its kernels cuBLAS may take."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        *(matmul.fp32_precision, matmul.allow_fp16_accumulation, torch.backends.cuda.preferred_blas_library()),
+        *(matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
+    )
+
+
+def multiply(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, numerics: tuple | None
+) -> None:
+    """
+    As `product_in_order`, by cuBLAS where that gives the same bits, or everywhere.
+
+    Args:
+        numerics (`tuple`, or `None`): What `blas_numerics` returns; `None` where bits do not matter.
+    """
+    if numerics is not None and not blas_keeps_order(states.shape, len(weight), bias is not None, out, numerics):
+        product_in_order(states, weight, bias, out)
+    elif bias is None:
+        torch.mm(states, weight.t(), out=out)
+    else:
+        torch.addmm(bias, states, weight.t(), out=out)
+
+
+def blas_keeps_order(
+    shape: tuple[int, int], size: int, has_bias: bool, out: torch.Tensor, numerics: tuple, adds: bool = False
+) -> bool:
+    """
+    Whether cuBLAS, set as `numerics` say, gives the bits of `product_in_order`, at every row; tried once for each kind.
+
+    Args:
+        shape (`tuple[int, int]`): Patches and hidden values.
+        size (`int`): Columns.
+        has_bias (`bool`): Whether there is a bias.
+        out (`torch.Tensor`): What is written to, or one like it.
+        adds (`bool`): Whether it is added to: the product is rounded, and then the sum.
+    """
+    return kind_keeps_order(*shape, size, has_bias, out.stride(0), out.dtype, out.device, adds, numerics)
+
+
+@cache
+def kind_keeps_order(patches, hidden_size, size, has_bias, stride, dtype, device, adds, numerics) -> bool:
+    random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
+    with torch.inference_mode(False), torch.no_grad():
+        states, weight = random(patches, hidden_size), random(size, hidden_size) * hidden_size**-0.5
+        bias, before = random(size) if has_bias else None, random(patches, stride)[:, :size]
+        ours, theirs = (torch.empty_strided(before.shape, (stride, 1), dtype=dtype, device=device) for _ in range(2))
+        product_in_order(states, weight, bias, ours)
+        if adds:
+            return torch.equal(ours + before, theirs.copy_(before).addmm_(states, weight.t()))
+        multiply(states, weight, bias, theirs, None)
+        return torch.equal(ours, theirs)
+
+
+@cache
+def products_compile(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products can be Triton's: by a version of it that has tensor descriptors."""
+    if TensorDescriptor is None:
+        return False
+    try:
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            rows = torch.ones(16, 64, dtype=dtype, device=device)
+            for tile in SWIGLU_TILES:
+                swiglu(rows, rows.new_ones(32, 64), out=rows.new_empty(16, 16), tile=tile)
+            for tile in PRODUCT_TILES:
+                product_in_order(rows, rows, None, rows.new_empty(16, 16), tile)
+    except Exception as error:  # whatever a compiler raises
+        logger.warning("Triton compiles no products here, which are cuBLAS's then: %s", error)
+        return False
+    return True
 
 
 def swiglu(
-    hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor, tile: SwigluTile | None = None
+    hidden_states: torch.Tensor, gate_up_weight: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
 ) -> None:
     """
     `out = silu(hidden_states @ gate.T) * (hidden_states @ up.T)` in one kernel, in half precision: sums in float32, one
@@ -321,107 +462,82 @@ def swiglu(
         hidden_states (`torch.Tensor` of shape `(patches, hidden_size)`): Contiguous. `hidden_size` is a multiple of 8.
         gate_up_weight (`torch.Tensor` of shape `(2 * size, hidden_size)`): `gate` above `up`; contiguous.
         out (`torch.Tensor` of shape `(patches, size)`): Contiguous. `size` is a multiple of 8.
-        tile (`SwigluTile`, *optional*): By default the faster one.
+        tile (`Tile`, *optional*): By default the faster one.
     """
     (patches, hidden_size), size = hidden_states.shape, out.shape[1]
-    processors = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
-    tile = tile or swiglu_tile(patches, size, processors)
-    swiglu_kernel[(min(tiles(tile, patches, size), processors),)](
-        TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden]),
-        TensorDescriptor.from_tensor(gate_up_weight.view(2, size, hidden_size), [2, tile.columns, tile.hidden]),
-        TensorDescriptor.from_tensor(out, [tile.rows, tile.columns]),
-        patches,
-        hidden_size,
-        size,
-        *tile[:4],
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    tile, programs, options = tiles_and_options(tile, SWIGLU_TILES, out)
+    states = TensorDescriptor.from_tensor(hidden_states, [tile.rows, tile.hidden])
+    pairs = gate_up_weight.view(2, size, hidden_size)
+    weights = TensorDescriptor.from_tensor(pairs, [2, tile.columns, tile.hidden])
+    values = TensorDescriptor.from_tensor(out, [tile.rows, tile.columns])
+    swiglu_kernel[(programs,)](states, weights, values, patches, hidden_size, size, *tile[:4], **options)
 
 
-def patch_places(cu_seqlens: torch.Tensor, frame_sizes: torch.Tensor, patches: int) -> torch.Tensor:
+def locate_patches(segments: torch.Tensor, patches: int, has_frames: bool) -> torch.Tensor:
     """
-    Where each patch is, int32 of shape `(6, patches)`: the first patch of its segment and the patch after its last; its
-    row and its column in its frame; the rows and the columns of that.
+    Where each patch is, int32 of shape `(6, patches)`: the first patch of its segment and the patch after its last; and
+    with frames its row and its column in its frame, the rows and the columns of that. Padding is a segment of its own.
 
     Args:
-        cu_seqlens (`torch.Tensor`, int32 of shape `(num_segments + 1,)`): At least one segment.
-        frame_sizes (`torch.Tensor`, int32 of shape `(2, num_segments)`): Of a [`PackedLayout`]; contiguous.
-        patches (`int`): What `cu_seqlens` ends with.
+        segments (`torch.Tensor` of int32): The number of segments, `cu_seqlens`, then with frames the rows of the
+            frames of each segment, and their columns.
+        patches (`int`): Padding included, which is what follows the last segment.
+        has_frames (`bool`): Whether the sizes of frames are there.
     """
-    places = cu_seqlens.new_empty(6, patches)
-    patch_places_kernel[(triton.cdiv(patches, 128),)](
-        cu_seqlens, frame_sizes, places, patches, frame_sizes.shape[1], 128, num_warps=4
-    )
-    return places
+    located, blocks = segments.new_empty(6, patches), triton.cdiv(patches, 128)
+    locate_patches_kernel[(blocks,)](segments, located, patches, has_frames, 128, num_warps=4, **FUSED)
+    return located
 
 
-def native_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def native_positions(rows: torch.Tensor, columns: torch.Tensor, frequencies: torch.Tensor, out: torch.Tensor) -> None:
     """
-    Position embeddings `(patches, 2 * half)`: of the column, then of the row.
+    Position embeddings: sine and cosine of each column, then of each row, times each frequency; in float64.
 
     Args:
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
-        table (`torch.Tensor` of shape `(positions, half)`): For more positions than any row or column; contiguous.
+        rows, columns (`torch.Tensor` of integers of shape `(patches,)`): Of the same stride.
+        frequencies (`torch.Tensor`, float64 of shape `(count,)`): Contiguous.
+        out (`torch.Tensor` of shape `(patches, 4 * count)`): Contiguous.
     """
-    patches, (positions, half) = places.shape[1], table.shape
-    output = table.new_empty(patches, 2 * half)
-    native_positions_kernel[(patches,)](
-        places, table, output, patches, positions, half, triton.next_power_of_2(half), num_warps=2
-    )
-    return output
+    sizes = (len(frequencies), triton.next_power_of_2(len(frequencies)))
+    native_positions_kernel[(len(out),)](rows, columns, rows.stride(0), frequencies, out, *sizes, num_warps=2, **FUSED)
 
 
-def learned_positions(places: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def learned_positions(
+    located: torch.Tensor, given: Sequence[torch.Tensor], table: torch.Tensor, out: torch.Tensor
+) -> None:
     """
-    Position embeddings `(patches, size)`: `table` resampled to each frame by the bicubic interpolation of
-    `F.interpolate`, without antialiasing; summed in float32 and rounded once.
+    Position embeddings: sums of learned ones, in float32 and rounded once. Without `given`, those of the bicubic
+    interpolation of `F.interpolate` to each frame, without antialiasing.
 
     Args:
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
+        located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
+        given (sequence of two `torch.Tensor`, int64 and float32 of shape `(patches, 16)`, or empty): Which learned
+            positions, and how much of each; contiguous. One that is not in the table gives NaN.
         table (`torch.Tensor` of shape `(side * side, size)`): The learned positions; contiguous.
+        out (`torch.Tensor` of shape `(patches, size)`): Contiguous.
     """
-    patches, size = places.shape[1], table.shape[1]
-    output = table.new_empty(patches, size)
-    learned_positions_kernel[(patches,)](
-        places, table, output, patches, math.isqrt(len(table)), size, triton.next_power_of_2(size), num_warps=4
-    )
-    return output
+    patches, size = out.shape
+    sizes = (patches, math.isqrt(len(table)), size, triton.next_power_of_2(size))
+    indices, weights = given or (located, table)
+    learned_positions_kernel[(patches,)](located, indices, weights, table, out, *sizes, not given, num_warps=4, **FUSED)
 
 
-def segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor
-) -> torch.Tensor:
+def segment_attention(qkv: torch.Tensor, located: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """
     Attention inside each segment, in half precision: scores and sums in float32, weights rounded before they meet the
     values, as in flash attention. No patch of another segment has a say, NaN or infinite as it may be.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(patches, heads, head_dim)`): Parts of one tensor of shape
-            `(patches, 3, heads, head_dim)`. `head_dim` is a power of two of at least 16.
-        places (`torch.Tensor`, int32 of shape `(6, patches)`): What `patch_places` returns.
-
-    Returns:
-        `torch.Tensor` of `query`'s shape, contiguous.
+        qkv (`torch.Tensor` of shape `(patches, 3, heads, head_dim)`): Query, key and value; contiguous. `head_dim` is a
+            power of two of at least 16.
+        located (`torch.Tensor`, int32 of shape `(6, patches)`): What `locate_patches` returns.
+        out (`torch.Tensor` of shape `(patches, heads, head_dim)`): Contiguous; what is returned.
     """
-    patches, heads, head_dim = query.shape
-    output = query.new_empty(patches, heads, head_dim)
+    patches, heads, head_dim = out.shape
     # exp2 is what the hardware has.
-    scale = head_dim**-0.5 * math.log2(math.e)
-    segment_attention_kernel[(triton.cdiv(patches, BLOCK_ROWS), heads)](
-        query,
-        key,
-        value,
-        output,
-        places[0],
-        places[1],
-        scale,
-        query.stride(0),
-        patches,
-        head_dim,
-        BLOCK_ROWS,
-        BLOCK_KEYS,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
-    return output
+    scale, blocks = head_dim**-0.5 * math.log2(math.e), (triton.cdiv(patches, BLOCK_ROWS), heads)
+    keys = TensorDescriptor.from_tensor(qkv.view(patches, -1), [BLOCK_KEYS, head_dim])
+    sizes = (patches, heads * head_dim, head_dim, BLOCK_ROWS, BLOCK_KEYS)
+    options = {"num_warps": WARPS, "num_stages": STAGES, **FUSED}
+    segment_attention_kernel[blocks](keys, qkv, out, located, scale, *sizes, **options)
+    return out

@@ -76,10 +76,10 @@ class Candidates:
             name: run for name, run in self.forwards.items() if name.split()[0] in ("packed", "older", *args.peers)
         }
         if args.best:
-            self.add_best_peers()
+            self.add_best_peers(args.train)
 
-    def add_best_peers(self) -> None:
-        """The same with compiled blocks; timm's model of one size, which allows it, also in a CUDA graph."""
+    def add_best_peers(self, train: bool) -> None:
+        """The same with compiled blocks; timm's model of one size, which allows it, forward alone also in a graph."""
         torch._dynamo.reset()
         compiled = copy.deepcopy(self.reference)
         for block in compiled.encoder.layers:
@@ -90,7 +90,9 @@ class Candidates:
             self.forwards["padded compiled"] = lambda: (compiled(images) for images in (self.padded,))
         if "naflex" in self.forwards:
             self.forwards["naflex compiled"] = self.naflex_forward(self.grids, compiled=True)
-        if "timm" in self.forwards:
+        if "timm" in self.forwards and train:
+            self.forwards["timm compiled"] = self.timm_forward(self.timm_size, compiled=True)
+        elif "timm" in self.forwards:
             self.forwards["timm graph"] = in_graph(self.forwards["timm"])
             self.forwards["timm compiled graph"] = in_graph(self.timm_forward(self.timm_size, compiled=True))
 

@@ -62,13 +62,14 @@ def attention_kernels(candidates: Candidates, packed) -> dict[str, Callable[[], 
     heads, lengths = packed.config.num_attention_heads, candidates.grid_thw.prod(1).tolist()
     total, segments, longest = sum(lengths), len(lengths), max(lengths)
     head_dim = packed.config.hidden_size // heads
-    states = torch.randn(total, 3, heads, head_dim, device=candidates.patches.device, dtype=packed.dtype).unbind(1)
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=candidates.patches.device)
-    own = hub_module("triton_kernels")
-    places = own.patch_places(cu_seqlens, cu_seqlens.new_ones(2, segments), total)
+    qkv = torch.randn(total, 3, heads, head_dim, device=candidates.patches.device, dtype=packed.dtype)
+    states, attended = qkv.unbind(1), torch.empty_like(qkv[:, 0])
+    bounds = torch.tensor([segments, 0, *accumulate(lengths)], dtype=torch.int32, device=candidates.patches.device)
+    own, cu_seqlens = hub_module("triton_kernels"), bounds[1:]
+    located = own.locate_patches(bounds, total, has_frames=False)
     kernels = {
         "varlen": lambda: varlen_attn(*states, cu_seqlens, cu_seqlens, longest, longest),
-        "own": lambda: own.segment_attention(*states, places),
+        "own": lambda: own.segment_attention(qkv, located, attended),
     }
     if segments * longest == total:
         dense = [x.unflatten(0, (segments, longest)).transpose(1, 2) for x in states]

@@ -26,7 +26,7 @@ from conversion.local_code import hub_module
 
 kernels = hub_module("triton_kernels")
 CALLS, WEIGHTS = 20, 4
-TILES = {"tall tile": kernels.TALL_TILE, "low tile": kernels.LOW_TILE}
+TILES = dict(zip(("tall tile", "low tile"), kernels.SWIGLU_TILES, strict=True))
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

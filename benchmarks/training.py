@@ -13,6 +13,7 @@ it is done.
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -96,28 +97,23 @@ def products_and_attention(model: nn.Module, grids: list[Grid], device: str) -> 
     query, key, value = (torch.randn(total, heads, sizes[0] // heads, requires_grad=True, **like) for _ in range(3))
     gradient = torch.randn_like(query)
     layers = [
-        [each.weight for each in layer.modules() if isinstance(each, nn.Linear)] for layer in model.encoder.layers
+        [each.weight.detach() for each in layer.modules() if isinstance(each, nn.Linear)]
+        for layer in model.encoder.layers
     ]
     weight_gradients = {weight.shape: torch.empty_like(weight) for weight in layers[0]}
+
+    segment_attention = hub_module("modeling").segment_attention
 
     def run() -> None:
         for weights in layers:
             for weight in weights:
                 torch.mm(states[weight.shape[1]], weight.T, out=outputs[weight.shape[0]])
-            attended = hub_module("modeling").segment_attention(
-                model.encoder.layers[0].attention, query, key, value, layout
-            )
+            attended = segment_attention(model.encoder.layers[0].attention, query, key, value, layout)
             torch.autograd.grad(attended, (query, key, value), gradient)
             for weight in weights:
                 torch.mm(states[weight.shape[0]], weight, out=outputs[weight.shape[1]])
                 torch.mm(states[weight.shape[0]].T, states[weight.shape[1]], out=weight_gradients[weight.shape])
 
-    def without_gradients() -> None:
-        for layer in layers:
-            for index, weight in enumerate(layer):
-                layer[index] = weight.detach()
-
-    without_gradients()
     if not device.startswith("cuda"):
         return run
     stream = torch.cuda.Stream()
@@ -146,7 +142,7 @@ def measure(
     chosen = settings(device=args.device, train=True, peers=peers, best=args.best, attn=[], max_padding=4)
     candidates = Candidates(Models(reference, models["plain"]), grids, chosen)
     runs = {way: packed_step(model, candidates.patches, candidates.grid_thw) for way, model in models.items()}
-    runs |= {peer: step(forward, train=True) for peer, forward in candidates.forwards.items() if "graph" not in peer}
+    runs |= {peer: step(forward, train=True) for peer, forward in candidates.forwards.items()}
     runs["products and attention"] = products_and_attention(models["plain"], grids, args.device)
     compilations = {}
     for each, run in list(runs.items()):
@@ -242,7 +238,7 @@ def losses_of_each(reference: nn.Module, ways: list[str], args: argparse.Namespa
     curves = {}
     for way in ways:
         # Trained in place: a copy of the weights each.
-        model = packed_models(reference, [way])[way]
+        model = packed_models(copy.deepcopy(reference), [way])[way]
         curves[way] = losses(model, batches, args.steps)
         del model
         gc.collect()
@@ -266,7 +262,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--best", action="store_true", help="also measure the peers compiled")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=50, help="whose losses are compared (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="whose losses are compared; 0: no losses, no gradients (50)"
+    )
     return parser.parse_args()
 
 
@@ -297,6 +295,8 @@ def main() -> None:
             print(f"{name}, {run['patches']} patches, ms: {times}", flush=True)
             reference.zero_grad()
             gc.collect()
+    if args.steps == 0:
+        return
     write(gradient_errors=gradient_errors(reference, ways, args))
     print(results["gradient_errors"], flush=True)
     write(losses=losses_of_each(reference, ways, args))

@@ -93,7 +93,8 @@ def files_to_upload(folder: Path) -> list[Path]:
     The files of a converted repo that the converter writes. Others are named, and stay.
 
     Raises:
-        ValueError: one of them is a link, which may lead to anything.
+        ValueError: one of them is a link, which may lead to anything; or there is code of another version, whose other
+            files need it.
     """
     kind, blobs = repo_kind(folder), hub_blobs(folder)
     names = file_names(folder)
@@ -103,6 +104,11 @@ def files_to_upload(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{printable(path)} is a link or no file: put the file itself there. Nothing was uploaded."
             )
+    if code := [name for name in names if CODE.fullmatch(name) and folder / name not in written]:
+        raise ValueError(
+            f"{folder} holds code that this tree's converter does not write ({listed(code)}): convert the source "
+            "again, or convert this folder, which takes its weights and settings. Nothing was uploaded."
+        )
     if others := [name for name in names if folder / name not in written]:
         print(f"Not uploaded, because the converter does not write it: {listed(others)}.")
     return written

@@ -101,9 +101,12 @@ def source_licence(source: Source, licences: list[str]) -> tuple[dict[str, Any],
             stated["license_link"] = name if name in licences else link
         else:
             print(f"warning: license_link {link!a} leads to no file that is copied: left out.", file=sys.stderr)
-    words = [x for value in stated.values() for x in (value if isinstance(value, list) else [value])]
-    text = ", ".join(in_card(word) for word in words) or f"{in_card(source.name)} does not state it in a card"
-    return stated, text + "".join(f", `{name}`" for name in licences)
+    if not stated:
+        words = [f"{in_card(source.name)} does not state it in a card"]
+    else:
+        lists = [value if isinstance(value, list) else [value] for value in stated.values()]
+        words = [in_card(word) for words in lists for word in words if word not in licences]
+    return stated, ", ".join([*words, *(f"`{name}`" for name in licences)])
 
 
 def in_card(text: str) -> str:

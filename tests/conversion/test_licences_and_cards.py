@@ -44,6 +44,7 @@ def test_a_link_to_the_sources_licence_leads_to_its_copy(source):
     (source / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: ./LICENSE.md\n---\n")
     output = convert(source)
     assert front_matter(output)["license_link"] == "WEIGHTS_LICENSE.md"
+    assert "other, mine, `WEIGHTS_LICENSE.md`." in (output / "README.md").read_text()
     assert (output / "WEIGHTS_LICENSE.md").read_text() == "NON-COMMERCIAL ONLY"
     again = source.parent / "again"
     run(parse_arguments([str(output), str(again)]))
@@ -207,6 +208,13 @@ def test_links_and_pipes_are_not_uploaded(source, tmp_path, name, kind):
         (output / name).unlink()
         os.mkfifo(output / name)
     with pytest.raises(ValueError, match=f"{re.escape(name)} is a link or no file.*Nothing was uploaded"):
+        files_to_upload(output)
+
+
+def test_code_of_another_version_is_not_uploaded_in_part(source):
+    output = convert(source)
+    (output / "inference_aimv2_packing.py").write_text("")
+    with pytest.raises(ValueError, match=r"does not write \(inference_aimv2_packing\.py\): convert the source again"):
         files_to_upload(output)
 
 

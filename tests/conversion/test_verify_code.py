@@ -7,6 +7,7 @@ Transformers and peft read from a repo, with a reference to somebody else's code
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from reference import reference_model
 from test_hub import COMMANDS, client, converter
 from transformers import AutoModel, AutoProcessor
 
+from conversion import features
 from conversion.repo_contents import file_names, repo_differences
 from convert_weights import parse_arguments, run
 
@@ -311,3 +313,45 @@ def test_names_of_a_folder(tmp_path):
     (tmp_path / "a" / "b").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert file_names(tmp_path) == ["a/b", "link"]
+
+
+def test_verification_loads_nothing_that_a_hostile_file_names(converted, tmp_path, monkeypatch, capsys):
+    """An adapter of peft's, and a second configuration: transformers' own loading would go where they point."""
+    monkeypatch.setattr(features, "RANDOM_SIZES", 1)
+    repo = shutil.copytree(converted["vision"], tmp_path / "repo")
+    (repo / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "mallory/repo", "peft_type": "LORA"})
+    )
+    edit(repo / "config.json", lambda x: x.update(configuration_files=["config.5.0.0.json"]))
+    (repo / "config.5.0.0.json").write_text(json.dumps({"model_type": "aimv2_packing", "hidden_size": 32}))
+    report = tmp_path / "report.json"
+    with pytest.raises(ValueError, match="is not this tree's"):
+        run(parse_arguments([str(repo), "--verify", "--report", str(report)]))
+    found = json.loads(report.read_text())
+    assert not found["passed"] and found["images"] and all(image["passed"] for image in found["images"])
+    assert len(found["code_differences"]) == 3
+    assert "Verdict: FAILED." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "LICENSE",
+        "config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
+def test_a_pipe_in_a_source_blocks_nothing(converted, tmp_path, name):
+    source = shutil.copytree(converted["texts"].parent / "texts-source", tmp_path / "in")
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(ValueError, match=re.escape(name)):
+        run(parse_arguments([str(source), str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()

@@ -60,6 +60,36 @@ def test_the_varlen_path_compiles_whole_and_at_most_twice(monkeypatch):
     assert counter.frame_count <= 2
 
 
+def test_the_question_for_the_varlen_kernel_compiles(monkeypatch):
+    """What it asks torch for on a GPU is no part of a program."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    has_varlen_kernel = hub_module("modeling").has_varlen_kernel
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        return x + has_varlen_kernel(torch.device("cuda"), torch.bfloat16, 64)
+
+    assert torch.compile(asked, fullgraph=True, dynamic=True, backend="eager")(torch.ones(1)).item() == 2
+
+
+def test_compiled_layers_serve_every_mix_with_two_programs(monkeypatch):
+    """One for images of different sizes and one for those of one size, forward and backward."""
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: True)
+
+    def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        return query + key * cu_seqlens_q[-1] + value * max_seqlen_k
+
+    monkeypatch.setattr(modeling, "varlen_attention", varlen_attention)
+    packed = packing_model(reference_model(num_hidden_layers=3)).train()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for layer in packed.encoder.layers:
+        layer.compile(fullgraph=True, dynamic=True, backend=counter)
+    of_one_size = [pack(random_images([size] * count)) for size, count in (((4, 4), 3), ((2, 7), 5), ((3, 3), 9))]
+    for inputs in [*random_mixes(12), *of_one_size]:
+        packed(**inputs).last_hidden_state.square().sum().backward()
+    assert counter.frame_count <= 2
+
+
 MODELS = {"native": {"use_head": True}, "learned": {"use_head": True, "is_native": False}}
 
 

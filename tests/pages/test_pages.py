@@ -77,7 +77,11 @@ NOT_RUN = {
     ("docs/benchmarks.md", "make bench"): MINUTES,
     ("docs/benchmarks.md", "python benchmarks/throughput.py --against CHECKOUT"): MINUTES,
     ("docs/kernels.md", "python benchmarks/swiglu.py"): GPU,
-    ("docs/kernels.md", "engine.capture(model, [256] * 8)  # ahead of serving: every mix of 2,048 patches"): GPU,
+    ("docs/kernels.md", "model.capture_cuda_graphs([256] * 8)  # before serving: every mix of 2,048 patches"): GPU,
+    (
+        "docs/kernels.md",
+        "compute-sanitizer --tool memcheck python -m pytest tests/model/test_cuda_engine.py -k small_models",
+    ): GPU,
     ("docs/compatibility.md", "make test"): MAKE,
     ("docs/compatibility.md", "make test-matrix"): PACKAGES,
     ("CONTRIBUTING.md", "make test"): MAKE,
