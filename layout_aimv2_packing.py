@@ -389,10 +389,10 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
         raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
 
 
-def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, device: torch.device) -> None:
+def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig) -> None:
     """
     Raises:
-        ValueError: not patches of this configuration, or without values though the model has some.
+        ValueError: not patches of this configuration.
     """
     patch_dim = config.num_channels * config.patch_size**2
     if (
@@ -406,8 +406,6 @@ def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, devic
             f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), got "
             f"{kind_of(hidden_states)}."
         )
-    if hidden_states.is_meta and device.type != "meta":
-        raise ValueError(f"`hidden_states` is on the meta device, but the model is on {device}.")
 
 
 def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tuple[int, int, int], ...]:
