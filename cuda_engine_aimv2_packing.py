@@ -262,8 +262,9 @@ class Engine:
             gate.bias is None and up.bias is None and are_adjacent([gate.weight, up.weight])
             for gate, up in map(attrgetter("gate_up"), self.layers)
         )
-        self.buffers: list[Buffers] = []
+        # Freed in this order: a graph that still runs is waited for, then its buffers go.
         self.graphs = Graphs(self.device)
+        self.buffers: list[Buffers] = []
         exponents = torch.arange(self.hidden_size // 4, dtype=torch.float64, device="cpu") / (self.hidden_size / 4)
         # A copy from the CPU that is waited for, so that any stream may read it.
         self.frequencies = (10000**-exponents).to(self.device)

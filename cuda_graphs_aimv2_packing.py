@@ -17,7 +17,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -131,10 +130,15 @@ class GraphDevice:
         return output
 
 
-@cache
-def graph_device(index: int) -> GraphDevice:
-    with torch.inference_mode(False), torch.no_grad():
-        return GraphDevice(torch.device("cuda", index))
+GRAPH_DEVICES: dict[torch.device, GraphDevice] = {}
+GRAPH_DEVICES_LOCK = threading.Lock()
+
+
+def graph_device(device: torch.device) -> GraphDevice:
+    with GRAPH_DEVICES_LOCK, torch.inference_mode(False), torch.no_grad():
+        if device not in GRAPH_DEVICES:
+            GRAPH_DEVICES[device] = GraphDevice(device)
+        return GRAPH_DEVICES[device]
 
 
 def own_stream(device: torch.device) -> torch.cuda.ExternalStream:
@@ -223,7 +227,7 @@ class Graphs:
     def capture(self, key: Hashable, most: int, inputs: Any, run: Callable[[], Any]) -> Graph | None:
         """A new graph; `run` runs once before: compiling kernels is no part of it. `None` where that fails."""
         try:
-            shared = graph_device(self.device.index)
+            shared = graph_device(self.device)
             with shared.lock, torch.inference_mode(False), torch.no_grad():
                 while len(self.by_key) >= most:
                     shared.done.synchronize()

@@ -44,7 +44,11 @@ def report(finetune) -> type:
 
 
 def compare(expected: Path, *others: Path) -> None:
-    """Prints how far the trained weights are from `expected`, over how far training has moved them."""
+    """
+    Prints how far the trained weights are from `expected`, over how far training has moved them, and whether the repo
+    loads with them.
+    """
+    from transformers import AutoModel
 
     def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
         if one.keys() != other.keys():
@@ -58,10 +62,12 @@ def compare(expected: Path, *others: Path) -> None:
                 load_file(path / "model.safetensors") for path in (expected / "initial", expected, folder)
             )
             difference = distance(other, trained) / distance(trained, start)
-        except (OSError, ValueError) as error:
+            model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+            loads = all(torch.equal(value, other[f"vision_model.{name}"]) for name, value in model.state_dict().items())
+        except (OSError, ValueError, KeyError) as error:
             print(json.dumps({"folder": folder.name, "error": str(error)}))
             continue
-        print(json.dumps({"folder": folder.name, "difference": difference, **sharding}))
+        print(json.dumps({"folder": folder.name, "difference": difference, "loads": loads, **sharding}))
 
 
 def main() -> None:

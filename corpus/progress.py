@@ -45,6 +45,8 @@ class Progress:
             disable=not self.is_terminal,
         )
         self.total, self.done, self.file_of = total, done, file_of
+        # What a log does not have yet.
+        self.line = ""
         self.begun = self.last_line = time.perf_counter()
         self.samples: deque[tuple[float, int, int]] = deque()
         self.first: tuple[float, int] | None = None
@@ -66,11 +68,13 @@ class Progress:
         if self.is_terminal:
             self.bar.set_postfix_str(described, refresh=False)
             self.bar.update(counts.images)
-        elif now - self.last_line >= LINE_SECONDS:
-            self.last_line = now
+        else:
             number = self.done + self.images
             share = f"{number / self.total:4.0%} {number:,}/{self.total:,}" if self.total else f"{number:,}"
-            print(f"{share} images, {described}", file=sys.stderr, flush=True)
+            self.line = f"{share} images, {described}"
+            if now - self.last_line >= LINE_SECONDS:
+                self.last_line = now
+                self.print_line()
 
     def described(self, last_id: str) -> str:
         (start, images, patches), (stop, more_images, more_patches) = self.samples[0], self.samples[-1]
@@ -84,8 +88,14 @@ class Progress:
             parts.append(f"{(more_patches - patches) / (stop - start):,.0f} patches/s")
         return ", ".join(parts)
 
+    def print_line(self) -> None:
+        if self.line:
+            print(self.line, file=sys.stderr, flush=True)
+        self.line = ""
+
     def close(self) -> None:
         self.bar.close()
+        self.print_line()
 
     def rate(self) -> str:
         """Patches per second from the first batch, which ends the start-up, to the last."""

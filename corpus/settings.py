@@ -93,6 +93,9 @@ def config_of(folder: str) -> dict[str, Any]:
 
 def processor_of(processor: Any) -> dict[str, Any]:
     fields = {name: getattr(processor, name, None) for name in PROCESSOR_FIELDS}
+    # Outputs of before it was there have none.
+    if processor.merge_size != 1:
+        fields["merge_size"] = processor.merge_size
     # As JSON gives it back: a tuple is a list, an enumeration its number. The backends differ in rounding.
     return json.loads(json.dumps({**fields, "backend": type(processor).__name__}))
 

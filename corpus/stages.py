@@ -79,7 +79,8 @@ class Preparer:
             with warnings.catch_warnings(), pixel_limit(self.job.max_image_pixels):
                 # On files that are odd and still decoded: one line each would bury the progress.
                 warnings.filterwarnings("ignore", module="PIL")
-                features = self.processor(self.open_image(io.BytesIO(image.data or b"")), return_tensors="pt")
+                opened = self.open_image(io.BytesIO(image.data or b""), max_pixels=self.job.max_image_pixels)
+                features = self.processor(opened, return_tensors="pt")
         # The decoders of PIL raise anything on a broken file.
         except Exception as failure:
             too_large = isinstance(failure.__cause__, PIL.Image.DecompressionBombError)

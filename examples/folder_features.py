@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from loading import PHOTOGRAPHS, REPO, load, run  # first: it says what is not installed
+from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
 
 
 # isort: split
@@ -20,10 +20,11 @@ import PIL.Image
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from conversion.local_code import local_class
 
 
-image_formats = get_class_from_dynamic_module("image_processing_aimv2_packing.image_formats", REPO)
+image_formats = local_class("image_processing_aimv2_packing.image_formats")
 
 
 def image_files(folder: Path) -> list[str]:

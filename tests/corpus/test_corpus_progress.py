@@ -49,6 +49,7 @@ def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert lines == [
         " 22% 220/1,000 images, 0 errors, 06:30 left, 10 patches/s",
         " 34% 340/1,000 images, 0 errors, 05:30 left, 10 patches/s",
+        " 40% 400/1,000 images, 0 errors, 05:00 left, 10 patches/s",
     ]
 
 

@@ -125,7 +125,7 @@ def test_max_patches_and_image_size(head_repo: Path, tmp_path: Path) -> None:
     assert {tuple(row["grid_thw"]) for row in square.values()} == {(1, 4, 4)}
     with pytest.raises(ValueError, match="no meaning where every image is resized to 56 pixels"):
         extract(head_repo, source, tmp_path / "both", image_size=56, max_patches=50)
-    with pytest.raises(ValueError, match="must be None or a positive multiple of `patch_size`"):
+    with pytest.raises(ValueError, match="must be None or a positive multiple of `patch_size"):
         extract(head_repo, source, tmp_path / "odd", image_size=57)
 
 

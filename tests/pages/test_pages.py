@@ -119,7 +119,8 @@ NOT_RUN = {
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (
         "docs/training.md",
-        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT train.py",
+        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+        "--fsdp_state_dict_type FULL_STATE_DICT train.py",
     ): "needs several GPUs, and a script of the reader's",
     ("docs/training.md", "torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp"): (
         "takes several processes: tests/examples/test_finetune.py runs it"
