@@ -257,6 +257,7 @@ class ModelState:
         self.device = weights[0].device if weights else torch.device("meta")
         self.dtype = weights[0].dtype if weights else None
         self.requires_grad = any(weight.requires_grad for weight in weights)
+        self.kinds = kinds_of(weights)
         self.checks = {torch.is_inference_mode_enabled(): check_of(weights)} if self.refusal is None else {}
         self.engines: dict[str, Any] = {}
 
@@ -276,7 +277,7 @@ class ModelState:
                 and list(map(type, self.below)) == self.types
                 and list(map(len, self.states)) == self.sizes
                 and all(kind.forward is forward and kind.__call__ is call for kind, forward, call in self.calls)
-                and (self.refusal is not None or self.weights_are_alike())
+                and (self.weights_are_alike() if self.refusal is None else kinds_of(self.weights()) == self.kinds)
             )
         except (AttributeError, KeyError):
             # A weight was deleted, or this torch has no such check.
@@ -319,6 +320,10 @@ class ModelState:
             if weight.device != weights[0].device:
                 return "the weights are on several devices"
         return None
+
+
+def kinds_of(weights: Sequence[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.device]]:
+    return [(type(weight), weight.dtype, weight.device) for weight in weights]
 
 
 def check_of(weights: Sequence[torch.Tensor]) -> Any:

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
 from .layout_aimv2_packing import kind_of
-from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel, refuse_random_weights
+from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
@@ -29,6 +29,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules: list[str] = []  # The parts name their own.
+    _newly_initialized = ()
     tower_class = Aimv2PackingModel
 
     def __init__(self, config: Aimv2PackingImageTextConfig):
@@ -49,19 +50,6 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
-        initial value is an error.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of this model, such as one of a vision tower alone.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=())
-        return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

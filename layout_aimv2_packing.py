@@ -237,7 +237,7 @@ def resolve_layout(
     if layout is not None:
         if given:
             raise ValueError(f"`layout` says all that {', '.join(map(repr, given))} would: give one or the other.")
-        return validate_layout(layout, num_patches)
+        return validate_layout(layout, num_patches, config)
     validate_positions(given, num_patches)
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
@@ -337,9 +337,9 @@ def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torc
         `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
 
     Raises:
-        ValueError: `grid_thw` does not describe as many patches as `features` holds.
+        ValueError: `grid_thw` is not as above, or does not describe as many patches as `features` holds.
     """
-    grids = grid_thw.tolist()
+    grids = validate_grid_thw(grid_thw)
     lengths = [t * h * w for t, h, w in grids]
     if sum(lengths) != len(features):
         raise ValueError(f"`grid_thw` describes {sum(lengths)} patches, but `features` holds {len(features)}.")
@@ -446,10 +446,10 @@ def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tu
     return grids
 
 
-def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
+def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -> PackedLayout:
     """
     Raises:
-        ValueError: not a `PackedLayout`, or not of so many patches.
+        ValueError: not a `PackedLayout`, not of so many patches, or for a model with another `merge_temporal`.
     """
     if type(layout).__name__ == PackedLayout.__name__ and not isinstance(layout, PackedLayout):
         # transformers' loader makes a package of each file that it is asked for, so this file can be there twice.
@@ -470,6 +470,13 @@ def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
             f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
             f"{kind_of(layout.cu_seqlens)}."
         )
+    if layout.frame_sizes is not None and layout.grids is not None:
+        expected = len(layout.grids) if config.merge_temporal else sum(frames for frames, _, _ in layout.grids)
+        if num_segments != expected:
+            raise ValueError(
+                "`layout` must be computed with the model's configuration: with "
+                f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
+            )
     validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
     validate_positions(layout.tensors(), num_patches)
     return layout

@@ -12,6 +12,7 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -226,18 +227,14 @@ def may_draw_random_numbers(layer: nn.Module) -> bool:
 
 
 def draws_nothing(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if hooks and not all(map(is_of_torch_distributed, chain(hooks.values(), module._forward_pre_hooks.values()))):
-        return False
+    for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
+            return False
     if "forward" in module.__dict__:
         return False
     if type(module) in DROPOUTS:
         return not module.training or module.p == 0
     return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
-
-
-def is_of_torch_distributed(hook: Callable[..., Any]) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 # Layers
@@ -416,6 +413,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What `save_pretrained` registers, with the code that the class needs.
     _auto_class = "AutoModel"
+    # What a checkpoint may lack; anything, of a class of one's own.
+    _newly_initialized: tuple[str, ...] | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -423,31 +422,45 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        newly_initialized: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
+        initial value is an error, unless that weight was named.
 
-def refuse_random_weights(
-    cls: type, source: str | None, info: dict[str, Any], newly_initialized: Sequence[str]
-) -> None:
-    """
-    Raises:
-        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
-            module of theirs is in `newly_initialized`.
-    """
-    random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
-    missing = sorted(
-        name for name in random if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
-    )
-    if not missing:
-        return
-    advice = (
-        "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
-        if all(name.startswith("head.") for name in missing)
-        else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
-    )
-    raise ValueError(
-        f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
-        f"{len(missing)} weights, "
-        f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
-    )
+        Args:
+            newly_initialized (sequence of `str`, *optional*): Modules or weights that may be missing, such as
+                `["head"]` to put a new head on a checkpoint without one. Of an image classifier, `"classifier"` always
+                may.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of this model, or has them in another shape.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+        named = tuple(f"{name}." for name in (*newly_initialized, *(cls._newly_initialized or ())))
+        missing = sorted(name for name in random if not f"{name}.".startswith(named))
+        if missing and cls._newly_initialized is not None:
+            source = pretrained_model_name_or_path
+            advice = (
+                "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
+                if all(name.startswith("head.") for name in missing)
+                else "Checkpoints in Apple's format and others are converted by: "
+                f"python convert_weights.py {source} OUTPUT_DIR"
+            )
+            raise ValueError(
+                f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
+                f"{len(missing)} weights, {missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. "
+                f"{advice}"
+            )
+        return (model, info) if output_loading_info else model
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
@@ -465,6 +478,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     ```
     """
 
+    _newly_initialized = ()
+
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
         self.embeddings = Aimv2PackingEmbeddings(config)
@@ -475,30 +490,6 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             # Named only where there is one: accelerate's FSDP looks for every class that is named here.
             self._no_split_modules = [*self._no_split_modules, "Aimv2PackingAttentionPoolingHead"]
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        newly_initialized: Sequence[str] = (),
-        output_loading_info: bool = False,
-        **kwargs,
-    ):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
-        initial value is an error, unless that weight was named.
-
-        Args:
-            newly_initialized (sequence of `str`, *optional*): Modules or weights that may be missing, such as
-                `["head"]` to put a new head on a checkpoint without one.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of this model, or has them in another shape.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized)
-        return (model, info) if output_loading_info else model
 
     def encode(
         self,
@@ -602,7 +593,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             TypeError: an argument is for the outputs of `forward`.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
+        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else list(map(int, n))
         if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
@@ -679,7 +670,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         count = len(self.encoder.layers) + 1
         if chosen is True:
             return list(range(count))
-        indices = [chosen] if isinstance(chosen, int) else chosen
+        indices = map(int, [chosen] if isinstance(chosen, int | Integral) else chosen)
         return sorted({index % count for index in indices if -count <= index < count})
 
 
@@ -691,24 +682,13 @@ class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
 
     tower_class = Aimv2PackingModel
     _auto_class = "AutoModelForImageClassification"
+    _newly_initialized = ("classifier",)
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
         self.vision_model = self.tower_class._from_config(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`]; of the weights only the classifier's may be random.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of the encoder, or has them in another shape.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=["classifier"])
-        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(

@@ -509,6 +509,19 @@ def test_a_model_ends_though_hooks_below_refer_to_it(packed, inputs):
     assert model() is None
 
 
+def test_an_engine_runs_again_once_the_weights_are_as_they_were(packed, inputs):
+    expected = packed(**inputs).last_hidden_state
+    tensors = {name: weight.detach().clone() for name, weight in packed.named_parameters()}
+    torch.func.functional_call(packed, tensors, (), inputs)
+    assert packed.engine_refusal == "a weight is a Tensor"
+    assert outcome(packed, inputs) == "cpu"
+    packed.encoder.layers[0].rms_norm1.double()
+    assert outcome(packed, inputs) == "the weights are of several dtypes"
+    packed.encoder.layers[0].rms_norm1.float()
+    assert torch.equal(packed(**inputs).last_hidden_state, expected)
+    assert packed.last_engine == "cpu"
+
+
 def test_a_model_in_a_file_has_no_record(packed, inputs):
     expected = packed(**inputs).last_hidden_state
     saved = io.BytesIO()

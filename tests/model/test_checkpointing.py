@@ -43,6 +43,10 @@ def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torc
     return output + torch.randn_like(output)
 
 
+def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    return add_noise(module, arguments, output) if type(module) is nn.Linear else None
+
+
 def noisy_attention(module, query, *args, **kwargs):
     output, weights = sdpa_attention_forward(module, query, *args, **kwargs)
     return output * torch.rand_like(output), weights
@@ -140,9 +144,8 @@ def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with ExitStack() as stack:
             if what == "a hook on all modules":
-                linear = lambda module, *rest: add_noise(module, *rest) if type(module) is nn.Linear else None  # noqa: E731
-                stack.callback(register_module_forward_hook(linear).remove)
-            found |= gradients(model, inputs)
+                stack.callback(register_module_forward_hook(add_noise_to_linear).remove)
+            found.update(gradients(model, inputs))
     assert len(states_saved) == LAYERS * 2
     for parameter, gradient in expected.items():
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter

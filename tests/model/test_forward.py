@@ -22,6 +22,9 @@ from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
+unpack_features = hub_module("layout").unpack_features
+
+
 @pytest.fixture(scope="module")
 def model():
     return packing_model(reference_model(use_head=True))
@@ -381,6 +384,30 @@ def test_intermediate_layers_are_those_of_the_original(plain):
         assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("merge_temporal", [True, False])
+def test_a_layout_for_another_configuration_is_refused(merge_temporal):
+    """Such as one of the repo's own, where the model was loaded with another value."""
+    packed = packing_model(reference_model(), merge_temporal=merge_temporal)
+    layout = packed_layout(torch.tensor([[2, 3, 3]]), Aimv2PackingConfig(merge_temporal=not merge_temporal))
+    with pytest.raises(ValueError, match=f"with `merge_temporal={merge_temporal}` there are . segments, got "):
+        packed(patches(18), layout=layout)
+
+
+@pytest.mark.parametrize("index", [np.int64(1), [np.int64(1)], torch.tensor([1])])
+def test_indices_may_be_numpys_or_torchs(model, index):
+    inputs = pack(random_images([(2, 2)]))
+    with torch.inference_mode():
+        states = model(**inputs, output_hidden_states=index).hidden_states
+        assert torch.equal(states[1], model(**inputs, output_hidden_states=True).hidden_states[1])
+        assert len(model.get_intermediate_layers(**inputs, n=index)) == 1
+
+
+@pytest.mark.parametrize("grid_thw", [[[1, 2, 2]], torch.ones(1, 2), torch.tensor([[1, -2, -2]])])
+def test_maps_of_bad_grids_are_refused(grid_thw):
+    with pytest.raises(ValueError, match="`grid_thw` must "):
+        unpack_features(torch.zeros(4, 8), grid_thw)
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])
 def test_intermediate_layers_take_no_option_of_outputs(name):
     packed = packing_model(reference_model(), attn="eager")
@@ -427,7 +454,7 @@ def test_hidden_states_can_be_chosen(model):
 
 @pytest.mark.parametrize("is_native", [True, False])
 def test_any_subset_of_the_patches_with_its_positions(is_native):
-    """Pruned patches: attention among those that are left, at the places where they were."""
+    """Pruned patches: attention among those that are left, at their own positions."""
     packed = packing_model(reference_model(is_native=is_native))
     inputs = pack(random_images([(4, 4), (3, 5)]))
     full = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
