@@ -28,12 +28,16 @@ TOO_MANY_PIXELS = "ValueError: the image has more pixels than --max-image-pixels
 
 
 class Batch(NamedTuple):
-    """`patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features."""
+    """
+    `patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features, and
+    `kept` a struct of what goes along for each of `ids` and then of `failed`.
+    """
 
     ids: list[str]
     grids: torch.Tensor
     patches: torch.Tensor
     failed: list[tuple[str, str]]
+    kept: pa.StructArray | None = None
 
 
 class Prepared(NamedTuple):
@@ -43,6 +47,7 @@ class Prepared(NamedTuple):
     error: str | None
     patches: torch.Tensor | None = None
     grid: torch.Tensor | None = None
+    kept: dict[str, Any] | None = None
 
 
 class Preparer:
@@ -69,12 +74,12 @@ class Preparer:
         for group in self.pack_in_order(
             map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH
         ):
-            yield packed(group)
+            yield packed(group, self.job.keep)
 
     def prepare(self, image: Image) -> Prepared:
         """The patches of one image, in the dtype of the model."""
         if image.error is not None:
-            return Prepared(image.id, image.error)
+            return Prepared(image.id, image.error, kept=image.kept)
         try:
             with warnings.catch_warnings(), pixel_limit(self.job.max_image_pixels):
                 # On files that are odd and still decoded: one line each would bury the progress.
@@ -84,8 +89,10 @@ class Preparer:
         # The decoders of PIL raise anything on a broken file.
         except Exception as failure:
             too_large = isinstance(failure.__cause__, PIL.Image.DecompressionBombError)
-            return Prepared(image.id, TOO_MANY_PIXELS if too_large else detail_of(failure))
-        return Prepared(image.id, None, features["hidden_states"].to(self.dtype), features["grid_thw"][0])
+            error = TOO_MANY_PIXELS if too_large else detail_of(failure)
+            return Prepared(image.id, error, kept=image.kept)
+        patches = features["hidden_states"].to(self.dtype)
+        return Prepared(image.id, None, patches, features["grid_thw"][0], image.kept)
 
 
 @contextmanager
@@ -100,12 +107,14 @@ def pixel_limit(pixels: int) -> Iterator[None]:
         PIL.Image.MAX_IMAGE_PIXELS = before
 
 
-def packed(group: list[Prepared]) -> Batch:
+def packed(group: list[Prepared], keep: pa.Schema | None) -> Batch:
     good = [image for image in group if image.error is None]
     grids = torch.stack([image.grid for image in good]) if good else torch.empty(0, 3, dtype=torch.int64)
     patches = torch.cat([image.patches for image in good]) if good else torch.empty(0, 0)
-    failed = [(image.id, image.error) for image in group if image.error is not None]
-    return Batch([image.id for image in good], grids, patches, failed)
+    failed = [image for image in group if image.error is not None]
+    kept = None if keep is None else pa.array([image.kept for image in good + failed], pa.struct(keep))
+    errors = [(image.id, str(image.error)) for image in failed]
+    return Batch([image.id for image in good], grids, patches, errors, kept)
 
 
 def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +185,12 @@ class Encoder:
             "patch_size": str(getattr(config, "vision_config", config).patch_size),
         }
         self.schema = output_schema(
-            embedding_size, job.settings.embedding_dtype, job.settings.patch_features, hidden_size, metadata
+            embedding_size,
+            job.settings.embedding_dtype,
+            job.settings.patch_features,
+            hidden_size,
+            job.keep,
+            metadata,
         )
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
@@ -210,9 +224,8 @@ class Encoder:
         return Encoded(embeddings, are_finite, features, features.isfinite().all(1))
 
     def table_of(self, batch: Batch, encoded: "Encoded | None") -> pa.Table:
-        failed = list(batch.failed)
+        errors: list[str | None] = []
         columns: dict[str, pa.Array] = {}
-        ids: list[str] = []
         if encoded is not None:
             lengths = batch.grids.prod(1).tolist()
             setting = "dtype" if self.settings.dtype == "float16" else "embedding_dtype"
@@ -221,9 +234,7 @@ class Encoder:
                 for index, part in enumerate(encoded.patches_are_finite.cpu().split(lengths)):
                     if errors[index] is None and not part.all():
                         errors[index] = self.not_finite("patch_features")
-            failed += [(id_, error) for id_, error in zip(batch.ids, errors, strict=True) if error]
             good = [index for index, error in enumerate(errors) if error is None]
-            ids = [batch.ids[index] for index in good]
             columns["grid_thw"] = pa.array(batch.grids[good].tolist(), self.schema.field("grid_thw").type)
             embeddings = encoded.embeddings.cpu()[good].numpy()
             offsets = np.arange(len(good) + 1, dtype=np.int32) * embeddings.shape[1]
@@ -231,8 +242,15 @@ class Encoder:
             if encoded.features is not None:
                 parts = encoded.features.cpu().view(torch.uint8).split(lengths)
                 columns["patch_features"] = pa.array([parts[i].numpy().tobytes() for i in good], pa.large_binary())
-        columns["id"] = pa.array(ids + [id_ for id_, _ in failed], pa.string())
-        details = [None] * len(ids) + [error for _, error in failed]
+        ids = [*batch.ids, *(id_ for id_, _ in batch.failed)]
+        details = [*errors, *(error for _, error in batch.failed)]
+        # Those with features first.
+        order = sorted(range(len(ids)), key=lambda index: details[index] is not None)
+        details = [details[index] for index in order]
+        columns["id"] = pa.array([ids[index] for index in order], pa.string())
+        if batch.kept is not None:
+            kept = batch.kept.take(pa.array(order, pa.int64()))
+            columns |= zip((field.name for field in kept.type), kept.flatten(), strict=True)
         columns["error_detail"] = pa.array(details, pa.string())
         columns["error"] = pa.array([detail and groupable(detail) for detail in details], pa.string())
         arrays = []
