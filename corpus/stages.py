@@ -27,10 +27,15 @@ IMAGES_PER_BATCH = 1024
 TOO_MANY_PIXELS = "ValueError: the image has more pixels than --max-image-pixels"
 
 
+def nothing() -> None:
+    pass
+
+
 class Batch(NamedTuple):
     """
     `patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features, and
-    `kept` a struct of what goes along for each of `ids` and then of `failed`.
+    `kept` a struct of what goes along for each of `ids` and then of `failed`. `release` is called when `patches` are no
+    longer read.
     """
 
     ids: list[str]
@@ -38,6 +43,7 @@ class Batch(NamedTuple):
     patches: torch.Tensor
     failed: list[tuple[str, str]]
     kept: pa.StructArray | None = None
+    release: Callable[[], None] = nothing
 
 
 class Prepared(NamedTuple):
@@ -68,13 +74,16 @@ class Preparer:
         self.job = job
 
     def __call__(self, images: Iterable[Image]) -> Iterator[Batch]:
+        for group in self.groups(images):
+            yield packed(group, self.job.keep)
+
+    def groups(self, images: Iterable[Image]) -> Iterator[list[Prepared]]:
+        """Of the images of one batch each."""
+
         def length(image: Prepared) -> int:
             return 0 if image.patches is None else len(image.patches)
 
-        for group in self.pack_in_order(
-            map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH
-        ):
-            yield packed(group, self.job.keep)
+        return self.pack_in_order(map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH)
 
     def prepare(self, image: Image) -> Prepared:
         """The patches of one image, in the dtype of the model."""
@@ -107,10 +116,13 @@ def pixel_limit(pixels: int) -> Iterator[None]:
         PIL.Image.MAX_IMAGE_PIXELS = before
 
 
-def packed(group: list[Prepared], keep: pa.Schema | None) -> Batch:
+def packed(group: list[Prepared], keep: pa.Schema | None, out: torch.Tensor | None = None) -> Batch:
+    """A batch of some images, its patches the first rows of `out` where that is given."""
     good = [image for image in group if image.error is None]
     grids = torch.stack([image.grid for image in good]) if good else torch.empty(0, 3, dtype=torch.int64)
-    patches = torch.cat([image.patches for image in good]) if good else torch.empty(0, 0)
+    parts = [image.patches for image in good if image.patches is not None]
+    own = None if out is None else out[: sum(map(len, parts))]
+    patches = torch.cat(parts, out=own) if parts else torch.empty(0, 0)
     failed = [image for image in group if image.error is not None]
     kept = None if keep is None else pa.array([image.kept for image in good + failed], pa.struct(keep))
     errors = [(image.id, str(image.error)) for image in failed]
@@ -172,8 +184,13 @@ class Encoder:
         self.settings = job.settings
         self.device = torch.device(device)
         self.model = load_model(folder, job.settings).to(self.device)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # On a GPU one is computed and one is ready, whatever this process does meanwhile.
+        self.batches_at_once = 0 if self.device.type == "cpu" else 2
         config = self.model.config
-        hidden_size = getattr(config, "vision_config", config).hidden_size
+        vision = getattr(config, "vision_config", config)
+        hidden_size = vision.hidden_size
+        self.patch_dim = vision.num_channels * vision.patch_size**2
         embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
         metadata = {
             # Paths are of one machine.
@@ -182,7 +199,7 @@ class Encoder:
             "weights": job.settings.weights,
             "pooling": job.settings.pooling,
             "dtype": job.settings.dtype,
-            "patch_size": str(getattr(config, "vision_config", config).patch_size),
+            "patch_size": str(vision.patch_size),
         }
         self.schema = output_schema(
             embedding_size,
@@ -194,21 +211,50 @@ class Encoder:
         )
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
-        # A device that computes on its own works on one batch while the one before becomes a table.
-        ahead = 0 if self.device.type == "cpu" else 1
         started: deque[tuple] = deque()
         for batch in batches:
-            started.append((batch, self.encode(batch)))
-            if len(started) > ahead:
-                yield self.table_of(*started.popleft())
+            started.append((batch, *self.fetch(self.encode(batch))))
+            if len(started) > self.batches_at_once:
+                yield self.finish(*started.popleft())
         while started:
-            yield self.table_of(*started.popleft())
+            yield self.finish(*started.popleft())
+
+    def finish(self, batch: Batch, encoded: "Encoded | None", done: torch.cuda.Event | None) -> pa.Table:
+        if done is not None:
+            done.synchronize()
+        batch.release()
+        return self.table_of(batch, encoded)
+
+    def fetch(self, encoded: "Encoded | None") -> tuple["Encoded | None", torch.cuda.Event | None]:
+        """What is encoded on the host, once the event has come where there is one: later batches are not waited for."""
+        if encoded is None or self.device.type == "cpu":
+            return encoded, None
+        is_cuda = self.device.type == "cuda"
+        # Into pinned memory, which is PyTorch's own.
+        fetched = [value if value is None else value.to("cpu", non_blocking=is_cuda) for value in encoded]
+        done = None
+        if is_cuda:
+            # A core that waits is a decoder's.
+            done = torch.cuda.Event(blocking=True)
+            done.record(torch.cuda.current_stream(self.device))
+        return Encoded(*fetched), done
+
+    def to_device(self, patches: torch.Tensor) -> torch.Tensor:
+        """While the batch before is computed."""
+        if self.copies is None:
+            return patches.to(self.device)
+        with torch.cuda.stream(self.copies):
+            moved = patches.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.copies)
+        moved.record_stream(current)
+        return moved
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> "Encoded | None":
         if not batch.ids:
             return None
-        hidden_states = batch.patches.to(self.device, non_blocking=True)
+        hidden_states = self.to_device(batch.patches)
         try:
             embeddings, features = POOLINGS[self.settings.pooling](self.model, hidden_states, batch.grids)
         except torch.OutOfMemoryError as error:
@@ -231,16 +277,16 @@ class Encoder:
             setting = "dtype" if self.settings.dtype == "float16" else "embedding_dtype"
             errors = [None if is_finite else self.not_finite(setting) for is_finite in encoded.are_finite.tolist()]
             if encoded.features is not None and encoded.patches_are_finite is not None:
-                for index, part in enumerate(encoded.patches_are_finite.cpu().split(lengths)):
+                for index, part in enumerate(encoded.patches_are_finite.split(lengths)):
                     if errors[index] is None and not part.all():
                         errors[index] = self.not_finite("patch_features")
             good = [index for index, error in enumerate(errors) if error is None]
             columns["grid_thw"] = pa.array(batch.grids[good].tolist(), self.schema.field("grid_thw").type)
-            embeddings = encoded.embeddings.cpu()[good].numpy()
+            embeddings = encoded.embeddings[good].numpy()
             offsets = np.arange(len(good) + 1, dtype=np.int32) * embeddings.shape[1]
             columns["embedding"] = pa.ListArray.from_arrays(offsets, embeddings.reshape(-1))
             if encoded.features is not None:
-                parts = encoded.features.cpu().view(torch.uint8).split(lengths)
+                parts = encoded.features.view(torch.uint8).split(lengths)
                 columns["patch_features"] = pa.array([parts[i].numpy().tobytes() for i in good], pa.large_binary())
         ids = [*batch.ids, *(id_ for id_, _ in batch.failed)]
         details = [*errors, *(error for _, error in batch.failed)]
