@@ -173,7 +173,7 @@ class Watch:
             self.samples.append((time.perf_counter(), self.patches))
             add_to_progress(progress, counts)
 
-        Progress.add = add  # type: ignore[method-assign]
+        Progress.add = add  # type: ignore[method-assign, assignment]
         Encoder.encode = self.timed("launch", encode)  # type: ignore[method-assign]
         Encoder.table_of = self.timed("table", table_of)  # type: ignore[method-assign]
         Encoder.finish = self.timed("wait for the device, and table", finish)  # type: ignore[method-assign]
@@ -206,9 +206,7 @@ def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dic
         for hidden_states, _ in loop.batches(sorted(corpus.iterdir())):
             patches += len(hidden_states)
         del loop
-        for index in range(
-            FILES, max(FILES, PATCHES_PER_RUN * FILES // patches if not arguments.images else arguments.images)
-        ):
+        for index in range(FILES, arguments.images or PATCHES_PER_RUN * FILES // patches):
             os.link(corpus / f"{index % FILES:06}.jpg", corpus / f"{index:06}.jpg")
         for count in arguments.cpus:
             os.sched_setaffinity(0, cpus[:count])
