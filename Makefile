@@ -11,8 +11,9 @@ COMMON_TESTS = build/transformers-$(TRANSFORMERS)/tests
 demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
 
+# A process per core, with one thread each; what a file's tests share is made once.
 test: $(VENV)/installed $(COMMON_TESTS)/__init__.py
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 test-common: $(VENV)/installed $(COMMON_TESTS)/__init__.py
 	$(PYTHON) -m pytest tests/transformers_common

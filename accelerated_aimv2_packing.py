@@ -9,6 +9,7 @@ nobody can tell the difference: that is decided once per forward, from the state
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
             return super().encode(hidden_states, layout, depths, last, attentions)
         # A hook that makes the embeddings require gradients is of no use to a tower that has nothing to train, and
         # autocast to the dtype of the weights changes nothing.
-        with torch.no_grad(), torch.autocast(name, enabled=False):
+        with torch.no_grad(), torch.autocast(name, enabled=False) if torch.is_autocast_enabled(name) else nullcontext():
             return ENGINES[name].encode(self, hidden_states, layout, state, tuple(depths), last)
 
     def _report(self, engine: str | None, refusal: str | None) -> None:

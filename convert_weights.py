@@ -21,7 +21,7 @@ try:
     from huggingface_hub.utils import httpx
 
     from conversion.checkpoint_formats import Encoder
-    from conversion.hub_files import download_files, hub_file_names, local_path
+    from conversion.hub_files import download_files, hub_file_names, local_path, not_converted
     from conversion.hub_upload import push_to_hub
     from conversion.messages import next_step, printable, printable_lines, without_credentials
     from conversion.model_card import describe, summary
@@ -70,7 +70,7 @@ def verify_code(source: str, revision: str | None) -> None:
     if not folder.is_dir():
         raise ValueError(f"{source} is no folder of a converted repo.")
     if reason := why_not_converted(folder):
-        raise ValueError(f"{source} is not converted: {reason}.")
+        raise not_converted(source, reason)
     differences = repo_differences(folder, names)
     print_code(differences, len(repo_kind(folder).code_files))
     if commit:
@@ -128,7 +128,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--verify", action="store_true", help="compare with the original model; exit code 1 if it differs"
     )
     group.add_argument(
-        "--verify-code", action="store_true", help="compare SOURCE's code with this tree's and do no more; exit code 1"
+        "--verify-code",
+        action="store_true",
+        help="compare SOURCE's code with this tree's and do no more; exit code 1 if it differs",
     )
     group.add_argument("--reference", help="compare with this checkpoint (Hub id, folder or file) instead of SOURCE")
     group.add_argument("--images", nargs="+", type=existing_file, help="default: photographs and ten sizes")

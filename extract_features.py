@@ -1,10 +1,12 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Features of a corpus of images: `python extract_features.py --model REPO --input INPUT --output DIR`.
+Features of a corpus of images, written as Parquet. Run it again after a crash and it does what is missing.
 
-Runs in this process, or on Ray with --address, --num-workers or several GPUs. Run it again after a crash and it does
-what is missing: the ids in the Parquet files of the output are the only record of what is done. See docs/corpus.md.
+    python extract_features.py --model REPO --input photographs/ --output features/
+    python extract_features.py --model REPO --input 's3://bucket/*.tar' --output s3://bucket/features --dtype bfloat16
+
+Runs in this process, or on Ray with --address, --num-workers or several GPUs. See docs/corpus.md.
 """
 
 import argparse
@@ -34,7 +36,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Features of a corpus of images, written as Parquet.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model repo: a folder or an id on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of --model on the Hub")
     parser.add_argument("--input", nargs="+", help="images, .parquet or WebDataset .tar: folders, files, globs or URLs")

@@ -389,10 +389,10 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
         raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
 
 
-def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, device: torch.device) -> None:
+def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig) -> None:
     """
     Raises:
-        ValueError: not patches of this configuration, or without values though the model has some.
+        ValueError: not patches of this configuration.
     """
     patch_dim = config.num_channels * config.patch_size**2
     if (
@@ -403,11 +403,9 @@ def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig, devic
         or hidden_states.shape[1] != patch_dim
     ):
         raise ValueError(
-            f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), got "
-            f"{kind_of(hidden_states)}."
+            f"`hidden_states` must be a tensor of floating-point patches of shape (total_patches, {patch_dim}), as "
+            f'`processor(images, return_tensors="pt")` makes them, got {kind_of(hidden_states)}.'
         )
-    if hidden_states.is_meta and device.type != "meta":
-        raise ValueError(f"`hidden_states` is on the meta device, but the model is on {device}.")
 
 
 def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tuple[int, int, int], ...]:
@@ -420,8 +418,8 @@ def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tu
     """
     if not is_dense(grid_thw) or grid_thw.dtype not in INTEGER_DTYPES or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
         raise ValueError(
-            "`grid_thw` must be a tensor of integers of shape (num_images, 3), one row (t, h, w) per image, got "
-            f"{kind_of(grid_thw)}."
+            "`grid_thw` must be a tensor of integers of shape (num_images, 3), one row (t, h, w) per image, as "
+            f'`processor(images, return_tensors="pt")` makes it, got {kind_of(grid_thw)}.'
         )
     if grid_thw.is_meta:
         raise ValueError("`grid_thw` must hold sizes, got a tensor on the meta device.")

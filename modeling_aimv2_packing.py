@@ -524,7 +524,9 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     def _prepare(self, hidden_states, grid_thw, layout, kwargs: dict[str, Any]) -> tuple[torch.Tensor, PackedLayout]:
         """Checks the arguments of a forward and returns its patches and layout."""
         validate_keyword_arguments(kwargs, self.config)
-        validate_hidden_states(hidden_states, self.config, self.device)
+        validate_hidden_states(hidden_states, self.config)
+        if hidden_states.is_meta and self.device.type != "meta":
+            raise ValueError(f"`hidden_states` is on the meta device, but the model is on {self.device}.")
         layout = resolve_layout(hidden_states, grid_thw, layout, kwargs, self.config)
         if layout.runs is None and not self._reads_cu_seqlens(hidden_states.device):
             if not is_traced():
@@ -658,9 +660,11 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     def _depths(self, chosen: bool | int | Sequence[int] | None) -> list[int]:
         """The depths that `output_hidden_states` asks for, rising. An index out of range selects nothing."""
+        if chosen is None or chosen is False:
+            return []
         count = len(self.encoder.layers) + 1
-        if chosen is None or isinstance(chosen, bool):
-            return list(range(count)) if chosen else []
+        if chosen is True:
+            return list(range(count))
         indices = [chosen] if isinstance(chosen, int) else chosen
         return sorted({index % count for index in indices if -count <= index < count})
 

@@ -173,7 +173,7 @@ class Watch:
             self.samples.append((time.perf_counter(), self.patches))
             add_to_progress(progress, counts)
 
-        Progress.add = add  # type: ignore[method-assign, assignment]
+        Progress.add = add  # type: ignore[assignment, method-assign]
         Encoder.encode = self.timed("launch", encode)  # type: ignore[method-assign]
         Encoder.table_of = self.timed("table", table_of)  # type: ignore[method-assign]
         Encoder.finish = self.timed("wait for the device, and table", finish)  # type: ignore[method-assign]

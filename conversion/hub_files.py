@@ -26,6 +26,9 @@ from .messages import printable_lines, without_credentials
 from .repo_kinds import why_not_converted
 
 
+CONVERTER = f"python {REPO / 'convert_weights.py'}"
+
+
 def local_path(source: str, revision: str | None = None, wanted: str = "a file, a folder") -> Path | None:
     """
     The existing path that `source` is, or `None` where it is a Hub id, `USER/NAME`. The Hub is not asked.
@@ -62,17 +65,21 @@ def require_converted(source: str, revision: str | None = None) -> str | None:
     Raises:
         ValueError: there is no such folder or repo, or it is not converted, and how to convert it.
     """
-    converter = f"python {REPO / 'convert_weights.py'}"
-    folder, commit = local_path(source, revision, f"a folder that `{converter} SOURCE FOLDER` has made"), None
+    folder, commit = local_path(source, revision, f"a folder that `{CONVERTER} SOURCE FOLDER` has made"), None
     if folder is None:
         folder = download_files(source, revision, ["config.json"])
         commit = folder.name
     if reason := why_not_converted(folder):
-        raise ValueError(
-            f"{source} is not converted: {reason}. If it is an AIMv2 checkpoint, convert it first: {converter} "
-            f"{source} OUTPUT_DIR"
-        )
+        raise not_converted(source, reason)
     return commit
+
+
+def not_converted(source: str, reason: str) -> ValueError:
+    """With the command that converts it."""
+    return ValueError(
+        f"{source} is not converted: {reason}. If it is an AIMv2 checkpoint, convert it first: {CONVERTER} {source} "
+        "OUTPUT_DIR"
+    )
 
 
 def download_files(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

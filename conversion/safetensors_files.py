@@ -215,7 +215,7 @@ def find_weights(source: Path) -> Path:
 def no_safetensors(source: Path | str, names: list[str]) -> ValueError:
     pickles = [name for name in names if Path(name).suffix in PICKLE_SUFFIXES]
     if not pickles:
-        return ValueError(f"{source} holds no .safetensors weights.")
+        return ValueError(f"{source} holds no .safetensors weights: give the folder, the file or the index that does.")
     return ValueError(
         f"{source} holds its weights as pickle ({listed(pickles)}), which can run code when it is read: refused. "
         "Convert them to safetensors first, for example with https://huggingface.co/spaces/safetensors/convert."

@@ -113,7 +113,9 @@ def status_lines(location: str) -> list[str]:
     counts = {count for _, count in begun.values()}
     if len(counts) != 1:
         found = f"those of {sorted(counts)}" if counts else "none"
-        raise ValueError(f"`--status` needs an output of shards of one number, got {found} in {whole.shown}.")
+        raise ValueError(
+            f"`--status` is for an output of `--num-shards N`, one N for all, got {found} in {whole.shown}."
+        )
     count = counts.pop()
     lines, states = [], []
     for name in (name_of(index, count) for index in range(count)):

@@ -237,6 +237,14 @@ def test_pickle_is_refused_and_not_read(tmp_path, name):
     assert not (tmp_path / "trapped").exists()
 
 
+def test_a_source_without_weights_is_told_what_to_give(source):
+    (source / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds no \.safetensors weights: give the folder, the file or the index that"
+    ):
+        convert(source)
+
+
 def test_pickle_inside_an_index_is_refused(source):
     index = {"weight_map": {"a": "pytorch_model.bin"}}
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
@@ -486,6 +494,8 @@ def test_unconverted_checkpoints_are_told_how_to_convert(source):
     expected = f"{source} is not converted: its model_type is 'aimv2'. If it is an AIMv2 checkpoint, convert it first: "
     with pytest.raises(ValueError, match=re.escape(f"{expected}python {REPO}/convert_weights.py {source} OUTPUT_DIR")):
         require_converted(str(source))
+    with pytest.raises(ValueError, match=re.escape(f"{expected}python {REPO}/convert_weights.py {source} OUTPUT_DIR")):
+        run(parse_arguments([str(source), "--verify-code"]))
     with pytest.raises(ValueError, match=f"{source.parent} is not converted: it has no config.json"):
         require_converted(str(source.parent))
     run(parse_arguments([str(source), str(source.parent / "out")]))

@@ -20,7 +20,7 @@ from conversion.local_code import local_class
 WRONG_CALLS = [
     (
         "from .layout_aimv2_packing import validate_hidden_states\nvalidate_hidden_states(None)\n",
-        'Missing positional arguments "config", "device" in call to "validate_hidden_states"',
+        'Missing positional argument "config" in call to "validate_hidden_states"',
     ),
     (
         "from .layout_aimv2_packing import PackedLayout\nPackedLayout.no_such_field\n",

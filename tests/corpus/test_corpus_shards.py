@@ -102,7 +102,7 @@ def test_other_divisions_are_refused(head_repo: Path, tmp_path: Path, monkeypatc
     for index in (-1, 2, None):
         with pytest.raises(ValueError, match="the index from 0 to below the number"):
             run_shard(head_repo, source, tmp_path / "new", index, 2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got none in"):
+    with pytest.raises(ValueError, match="is for an output of `--num-shards N`, one N for all, got none in"):
         status_lines(str(tmp_path / "whole"))
 
 

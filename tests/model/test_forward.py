@@ -4,6 +4,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from reference import (
@@ -55,6 +56,16 @@ def test_bad_input_is_refused_before_any_work(model, hidden_states, grid_thw, na
     with pytest.raises(ValueError) as error:
         model(hidden_states, grid_thw)
     assert all(word in str(error.value) for word in named)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"hidden_states": patches(4)}, {"hidden_states": patches(4).numpy(), "grid_thw": np.array([[1, 2, 2]])}],
+    ids=["nothing", "no grid_thw", "NumPy arrays, as without return_tensors"],
+)
+def test_what_the_processor_makes_is_asked_for(model, given):
+    with pytest.raises(ValueError, match=r'as `processor\(images, return_tensors="pt"\)` makes'):
+        model(**given)
 
 
 def test_too_many_patches_to_count_are_refused():

@@ -27,6 +27,8 @@ from PIL import Image
 from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
 
+from conversion.repo_kinds import RepoKind
+
 
 DOCS = sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *DOCS]
@@ -58,7 +60,7 @@ NOT_RUN = {
     ("README.md", "source .venv/bin/activate"): "is of the environment that these tests run in",
     ("README.md", "make test"): MAKE,
     ("README.md", "pip install -r requirements.txt"): PACKAGES,
-    ("README.md", "pip install kernels"): PACKAGES,
+    ("README.md", 'pip install "transformers[kernels]>=5.15,<5.25"'): PACKAGES,
     (
         "README.md",
         "python convert_weights.py apple/aimv2-large-patch14-native aimv2-large-native",
@@ -119,7 +121,8 @@ NOT_RUN = {
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (
         "docs/training.md",
-        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type FULL_STATE_DICT train.py",
+        "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+        "--fsdp_state_dict_type FULL_STATE_DICT train.py",
     ): "needs several GPUs, and a script of the reader's",
     ("docs/training.md", "torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp"): (
         "takes several processes: tests/examples/test_finetune.py runs it"
@@ -401,6 +404,13 @@ def test_rows_of_a_table_have_equally_many_cells(name):
     for lines in Page(REPO / name).tables:
         cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
         assert len(cells) == 1, lines
+
+
+def test_the_readme_says_how_much_a_plain_repo_has_to_read():
+    said = re.search(r"six Python files, about ([\d,]+) lines", " ".join((REPO / "README.md").read_text().split()))
+    files = RepoKind(image_text=False, plain=True).code_files
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert said and len(files) == 6 and abs(int(said[1].replace(",", "")) - lines) < 0.05 * lines
 
 
 def test_the_page_on_images_names_every_format():
