@@ -206,9 +206,7 @@ def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dic
         for hidden_states, _ in loop.batches(sorted(corpus.iterdir())):
             patches += len(hidden_states)
         del loop
-        for index in range(
-            FILES, max(FILES, PATCHES_PER_RUN * FILES // patches if not arguments.images else arguments.images)
-        ):
+        for index in range(FILES, arguments.images or PATCHES_PER_RUN * FILES // patches):
             os.link(corpus / f"{index % FILES:06}.jpg", corpus / f"{index:06}.jpg")
         for count in arguments.cpus:
             os.sched_setaffinity(0, cpus[:count])

@@ -9,4 +9,5 @@ What is behind extract_features.py: images of a corpus to Parquet, in this proce
               own                            shards    an input divided among jobs
     models    the model repo                 run       what is to be done, and what was
     settings  what rows depend on            in_process, on_ray    the two engines
+    ring      batches between processes      writer    files that are written meanwhile
 """

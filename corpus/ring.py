@@ -96,17 +96,12 @@ class Ring:
             if is_pinned:
                 # 1: for all devices.
                 with torch.cuda.device(device):
-                    torch.cuda.check_error(
-                        self.cudart.cudaHostRegister(self.buffers.data_ptr(), self.buffers.nbytes, 1)
-                    )
+                    error = torch.cuda.cudart().cudaHostRegister(self.buffers.data_ptr(), self.buffers.nbytes, 1)
+                    torch.cuda.check_error(error)
             yield
         finally:
             for _ in range(workers):
                 self.free.put(None)
             if is_pinned:
                 torch.cuda.synchronize(device)
-                self.cudart.cudaHostUnregister(self.buffers.data_ptr())
-
-    @property
-    def cudart(self):
-        return torch.cuda.cudart()
+                torch.cuda.cudart().cudaHostUnregister(self.buffers.data_ptr())
