@@ -31,6 +31,10 @@ def minutes(text: str) -> float:
     return value
 
 
+def names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model repo: a folder or an id on the Hub")
@@ -52,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--shard-index", type=int, help="of this job, from 0")
     group.add_argument("--status", action="store_true", help="say which shards of --output are complete, and stop")
 
-    group = parser.add_argument_group("features")
+    group = parser.add_argument_group("features and what goes along")
     group.add_argument(
         "--pooling",
         choices=["projection", "head", "mean"],
@@ -60,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     group.add_argument("--patch-features", choices=["float16", "bfloat16"], help="also write the feature of each patch")
     group.add_argument("--embedding-dtype", choices=["float32", "float16"], help="of the embeddings (%(default)s)")
+    group.add_argument(
+        "--keep",
+        type=names,
+        help="columns of Parquet, or texts beside the images of archives by their suffixes, such as txt,json",
+    )
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model (%(default)s)")
     group.add_argument("--max-patches", type=positive, help="of one image, instead of the image processor's")
     group.add_argument("--image-size", type=positive, help="resize and crop each image to a square of this side")

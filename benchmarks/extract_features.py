@@ -6,10 +6,12 @@ same packed batches and against the encoder alone, repetitions interleaved.
 
     python benchmarks/extract_features.py                        # AIMv2-L width, 6 layers, on the CPU
     python benchmarks/extract_features.py --images 310 --layers 2 --width 256      # small: start-up counts
-    python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --images 20000 --patches-per-batch 65536    # GPU
+    python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --patches-per-batch 16384 \\
+        --sides 0 512 1024 --cpus 8 16 --output corpus.json    # GPU, 2 minutes: against the encoder alone
 
 Rates leave start-up out: the command's is from its first batch to its last, the loop's begins when its model is loaded.
-`total` is the time of everything but imports, in the same process for the loop and the command.
+`total` is the time of everything but imports, in the same process for the loop and the command. With --sides, `middle`
+is the rate between a fifth and nine tenths of the patches, and seconds tell what the main process did.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +37,29 @@ from workloads import REPO, packing_class
 
 from conversion.local_code import local_class
 from corpus.options import Options
+from corpus.output import Counts
+from corpus.progress import Progress
 from corpus.run import run
+from corpus.stages import Encoder
 
 
-def make_corpus(folder: Path, count: int) -> None:
-    """Parts of the bundled photographs, 150 to 500 pixels a side."""
+# Of a run of some seconds on a fast GPU, and those that differ: the others are links to them.
+PATCHES_PER_RUN = 6_000_000
+FILES = 192
+
+
+def make_corpus(folder: Path, count: int, side: int = 0) -> None:
+    """Parts of the bundled photographs, 150 to 500 pixels a side, or all of them near `side`."""
     generator = np.random.default_rng(0)
     photographs = [Image.open(file).convert("RGB") for file in sorted((REPO / "examples/photographs").glob("*.jpg"))]
     folder.mkdir()
     for index in range(count):
         photograph = photographs[index % len(photographs)]
+        if side:
+            width, height = (int(side * share) for share in generator.uniform(0.85, 1.05, 2))
+            resized = photograph.resize((width, height), Image.Resampling.BICUBIC)
+            resized.save(folder / f"{index:06}.jpg", quality=90)
+            continue
         width, height = (int(generator.integers(150, min(500, side))) for side in photograph.size)
         left, top = (
             int(generator.integers(photograph.width - width)),
@@ -133,9 +149,108 @@ def printed_rate(printed: str) -> float:
     return float(found[1].replace(",", "")) if found else float("nan")
 
 
+class Watch:
+    """When patches were encoded, and the seconds of the main process by what it did."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self.seconds: dict[str, float] = {}
+        self.patches = 0
+
+    def timed(self, name: str, method: Callable) -> Callable:
+        def timing(*arguments, **options):
+            start = time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - start
+
+        return timing
+
+    def __enter__(self) -> "Watch":
+        def add(progress: Progress, counts: Counts) -> None:
+            self.patches += counts.patches
+            self.samples.append((time.perf_counter(), self.patches))
+            add_to_progress(progress, counts)
+
+        Progress.add = add  # type: ignore[assignment, method-assign]
+        Encoder.encode = self.timed("launch", encode)  # type: ignore[method-assign]
+        Encoder.table_of = self.timed("table", table_of)  # type: ignore[method-assign]
+        Encoder.finish = self.timed("wait for the device, and table", finish)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        Progress.add, Encoder.encode = add_to_progress, encode  # type: ignore[method-assign]
+        Encoder.table_of, Encoder.finish = table_of, finish  # type: ignore[method-assign]
+
+    def middle(self) -> float:
+        """Patches per second between a fifth and nine tenths of the patches."""
+        first = next(i for i, (_, patches) in enumerate(self.samples) if patches >= self.patches / 5)
+        last = next(i for i, (_, patches) in enumerate(self.samples) if patches >= self.patches * 0.9)
+        (start, before), (stop, after) = self.samples[first], self.samples[last]
+        return (after - before) / (stop - start) if stop > start else float("nan")
+
+
+add_to_progress, encode, table_of, finish = Progress.add, Encoder.encode, Encoder.table_of, Encoder.finish
+
+
+def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dict]:
+    """Of each size of images and number of CPUs: the command's rates over that of the encoder alone."""
+    model, found = Path(folder, "model"), []
+    cpus = sorted(os.sched_getaffinity(0))
+    for side in arguments.sides:
+        corpus = folder / f"corpus{side}"
+        make_corpus(corpus, FILES, side)
+        loop = Loop(model, arguments.dtype, arguments.device, arguments.patches_per_batch)
+        encoder_rate, patches = loop.encoder_rate(corpus, seconds=3), 0
+        for hidden_states, _ in loop.batches(sorted(corpus.iterdir())):
+            patches += len(hidden_states)
+        del loop
+        for index in range(
+            FILES, max(FILES, PATCHES_PER_RUN * FILES // patches if not arguments.images else arguments.images)
+        ):
+            os.link(corpus / f"{index % FILES:06}.jpg", corpus / f"{index:06}.jpg")
+        for count in arguments.cpus:
+            os.sched_setaffinity(0, cpus[:count])
+            with contextlib.redirect_stdout(io.StringIO()) as printed, Watch() as watch:
+                start = time.perf_counter()
+                run(options_of(model, corpus, folder / f"out{side}-{count}", arguments))
+                total = time.perf_counter() - start
+            os.sched_setaffinity(0, cpus)
+            rate, middle = printed_rate(printed.getvalue()), watch.middle()
+            own = watch.samples[-1][0] - watch.samples[0][0]
+            figures = {
+                "side": side,
+                "patches_per_image": round(patches / FILES),
+                "cpus": count,
+                "encoder": encoder_rate,
+                "process": rate,
+                "middle": middle,
+                "process_over_encoder": rate / encoder_rate,
+                "middle_over_encoder": middle / encoder_rate,
+                "total_seconds": total,
+                "batches": len(watch.samples),
+                "seconds": {**watch.seconds, "first batch to last": own},
+            }
+            found.append(figures)
+            print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}), flush=True)
+    return found
+
+
+def options_of(model: Path, corpus: Path, output: Path, arguments: argparse.Namespace) -> Options:
+    return Options(
+        model=str(model),
+        input=[str(corpus)],
+        output=str(output),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        patches_per_batch=arguments.patches_per_batch,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--images", type=int, help="(192; with --sides as many as take some seconds)")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
@@ -143,6 +258,8 @@ def main() -> None:
     parser.add_argument("--patches-per-batch", type=int, default=4096)
     parser.add_argument("--ray-workers", type=int, default=1, help="0: without Ray")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--sides", type=int, nargs="+", help="pixels a side, 0 for 150 to 500: no loop, no Ray")
+    parser.add_argument("--cpus", type=int, nargs="+", default=[os.cpu_count()], help="of the command, with --sides")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
 
@@ -150,6 +267,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, corpus = Path(folder, "model"), Path(folder, "corpus")
         make_model(model, arguments.layers, arguments.width)
+        if arguments.sides:
+            write_figures(arguments, {"runs": against_the_encoder(Path(folder), arguments)})
+            return
+        arguments.images = arguments.images or 192
         make_corpus(corpus, arguments.images)
         budget = arguments.patches_per_batch
         encoder_rate = Loop(model, arguments.dtype, arguments.device, budget).encoder_rate(corpus)
@@ -165,16 +286,7 @@ def main() -> None:
 
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 start = time.perf_counter()
-                run(
-                    Options(
-                        model=str(model),
-                        input=[str(corpus)],
-                        output=str(Path(folder, f"process{repetition}")),
-                        dtype=arguments.dtype,
-                        device=arguments.device,
-                        patches_per_batch=budget,
-                    )
-                )
+                run(options_of(model, corpus, Path(folder, f"process{repetition}"), arguments))
                 figures["process_total"] = time.perf_counter() - start
             figures["process"] = printed_rate(printed.getvalue())
 
@@ -197,9 +309,13 @@ def main() -> None:
     if arguments.ray_workers:
         rate = medians["ray"]
         print(f"on Ray: {rate / medians['loop']:.3f} of the loop, {rate / encoder_rate:.3f} of the encoder alone")
+    write_figures(arguments, {"encoder": encoder_rate, "runs": runs})
+
+
+def write_figures(arguments: argparse.Namespace, figures: dict) -> None:
     if arguments.output:
         setting = {"arguments": vars(arguments) | {"output": None}, "torch": torch.__version__}
-        arguments.output.write_text(json.dumps({**setting, "encoder": encoder_rate, "runs": runs}, indent=2))
+        arguments.output.write_text(json.dumps({**setting, **figures}, indent=2))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import tarfile
 from collections.abc import Container, Iterator
 from typing import Any, BinaryIO
@@ -29,6 +30,8 @@ DECOMPRESSORS = {
 # Of one member's headers: names of thousands of letters, not bombs.
 HEADER_BYTES = 2**20
 SKIPPED_AT_ONCE = 2**18
+
+GROUP_TOO_LARGE = "ValueError: the members that share a name up to its first dot are larger than --max-image-bytes"
 
 
 class Source:
@@ -163,6 +166,59 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
     Raises:
         Exception: whatever reading and decompressing raise where the archive is damaged, cut short or gone.
     """
+    members = read_members(part, job, done)
+    if job.keep is None:
+        return (found for _, found in members if isinstance(found, Image))
+    return with_neighbours(members, job.max_image_bytes)
+
+
+def with_neighbours(members: Iterator[tuple[str, Image | bytes | None]], max_bytes: int) -> Iterator[Image]:
+    """
+    Images with the texts of the members beside them, as WebDataset groups them: neighbours that share a name up to the
+    first dot of its last part. A suffix that comes again begins another group.
+    """
+    key: str | None = None
+    waiting: list[Image] = []
+    texts: dict[str, str] = {}
+    suffixes: set[str] = set()
+    size = 0
+    end: Exception | None = None
+    try:
+        for name, found in members:
+            # Names that WebDataset passes over.
+            named = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name, re.DOTALL)
+            if named is None:
+                if isinstance(found, Image):
+                    yield found
+                continue
+            suffix = named[2].lower()
+            if named[1] != key or suffix in suffixes:
+                yield from (image._replace(kept=texts) for image in waiting)
+                key, waiting, texts, suffixes, size = named[1], [], {}, set(), 0
+            suffixes.add(suffix)
+            size += len(found) if isinstance(found, bytes) else len(found.data or b"") if found else 0
+            if isinstance(found, Image):
+                waiting.append(found)
+            elif found is not None and size <= max_bytes:
+                texts[suffix] = found.decode("utf-8", "backslashreplace")
+            # They are in memory together.
+            if size > max_bytes:
+                waiting = [Image(image.id, image.error or GROUP_TOO_LARGE, None) for image in waiting]
+    except Exception as error:
+        end = error
+    yield from (image._replace(kept=texts) for image in waiting)
+    if end:
+        raise end
+
+
+def read_members(part: Part, job: Job, done: Container[str]) -> Iterator[tuple[str, Image | bytes | None]]:
+    """
+    The name of each member with the image that is not done, the bytes of what is kept beside images, or None.
+
+    Raises:
+        Exception: as above.
+    """
+    keep = frozenset(job.keep.names) if job.keep is not None else frozenset()
     fs, _ = file_system(job.inputs[part.source])
     unique = UniqueIds()
     images_without_suffix: set[str] = set()
@@ -177,10 +233,11 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
                 if leads or member.linkname in images_without_suffix:
                     id_ = unique(f"{part.name}/{utf8_name(member.name)}")
                     if id_ not in done:
-                        yield Image(id_, special_member_error(member), None)
+                        yield member.name, Image(id_, special_member_error(member), None)
                 continue
             id_ = unique(f"{part.name}/{utf8_name(member.name)}")
             if id_ in done:
+                yield member.name, None
                 continue
             try:
                 opened: Any = archive.extractfile(member) if member.issparse() else source
@@ -188,11 +245,19 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
                     source.seek(member.offset_data)
                 data = opened.read(min(SIGNATURE_BYTES, member.size))
                 if not is_named and not has_image_signature(data, job.image_formats):
+                    if member.name.rpartition("/")[2].partition(".")[2].lower() not in keep:
+                        yield member.name, None
+                        continue
+                    wanted = min(member.size, job.max_image_bytes + 1)
+                    data += opened.read(wanted - len(data))
+                    if len(data) < wanted:
+                        raise tarfile.ReadError("unexpected end of data")
+                    yield member.name, data
                     continue
                 if not is_named:
                     images_without_suffix.add(member.name)
                 if member.size > job.max_image_bytes:
-                    yield Image(id_, detail_of(ValueError(TOO_LARGE)), None)
+                    yield member.name, Image(id_, detail_of(ValueError(TOO_LARGE)), None)
                     continue
                 data += opened.read(member.size - len(data))
                 if len(data) < member.size:
@@ -200,9 +265,9 @@ def read_archive(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
             except Exception as error:
                 # The archive has its own error too.
                 if is_named:
-                    yield Image(id_, detail_of(error), None)
+                    yield member.name, Image(id_, detail_of(error), None)
                 raise
-            yield Image(id_, None, data)
+            yield member.name, Image(id_, None, data)
 
 
 def special_member_error(member: tarfile.TarInfo) -> str:

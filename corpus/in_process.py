@@ -3,10 +3,11 @@
 """The engine for one device: workers decode, this process encodes and writes."""
 
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -16,25 +17,31 @@ from corpus.models import device_of
 from corpus.options import Options
 from corpus.output import counts_of
 from corpus.readers import FILES_AT_ONCE, read
+from corpus.ring import START_METHOD, Filled, Ring
 from corpus.rows import IdSet
 from corpus.settings import Job
 from corpus.sink import Sink
-from corpus.stages import Batch, Encoder, Preparer
+from corpus.stages import Batch, Encoder, Preparer, packed
+from corpus.writer import Writer
 
 
 class PackedBatches(IterableDataset):
-    """The packed batches of the parts, divided among the workers of a data loader."""
+    """The packed batches of the parts, divided among the workers of a data loader, which need a ring."""
 
-    def __init__(self, job: Job, kind: str, parts: list[Part], done: Container[str]):
-        self.job, self.kind, self.parts, self.done = job, kind, parts, done
+    def __init__(self, job: Job, kind: str, parts: list[Part], done: Container[str], ring: Ring | None):
+        self.job, self.kind, self.parts, self.done, self.ring = job, kind, parts, done, ring
 
-    def __iter__(self) -> Iterator[Batch | InputError]:
+    def __iter__(self) -> Iterator[Batch | Filled | InputError]:
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         at_once = FILES_AT_ONCE if self.kind == "image" else 1
         mine = [part for i, part in enumerate(self.parts) if i // at_once % workers == index]
         try:
-            yield from Preparer(self.job)(read(mine, self.kind, self.job, self.done))
+            for group in Preparer(self.job).groups(read(mine, self.kind, self.job, self.done)):
+                batch = self.ring.fill(group, self.job.keep) if self.ring else packed(group, self.job.keep)
+                if batch is None:
+                    return
+                yield batch
         # Raised here, it would arrive with a traceback in its message.
         except InputError as error:
             yield error
@@ -67,42 +74,40 @@ def encode(
     workers = decoders(device)
     if device == "cpu" and workers:
         torch.set_num_threads(max(1, torch.get_num_threads() - workers))
+    ring = Ring(job.patches_per_batch, encoder.patch_dim, encoder.model.dtype) if workers else None
     loader = DataLoader(
-        PackedBatches(job, kind, parts, done),
+        PackedBatches(job, kind, parts, done, ring),
         batch_size=None,
         num_workers=workers,
         collate_fn=unchanged,
-        pin_memory=device.startswith("cuda"),
         in_order=False,
+        multiprocessing_context=START_METHOD if workers else None,
     )
-    tables = encoder(raise_errors(loader))
-    while not sink.is_full():
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        writer = Writer(sink, pool)
+        loaded = iter(loader)
+        if ring:
+            stack.enter_context(ring.served(workers, encoder.device))
+        tables = encoder(received(loaded, ring.batch_of if ring else unchanged))
         try:
-            with interrupts.allowed():
-                table = next(tables, None)
-        except BaseException:
-            write(sink)
-            raise
-        if table is None:
-            break
-        table = table[: sink.room_for(len(table))]
-        counts = counts_of(table)
-        sink.progress.add(counts)
-        sink.add((table, counts), len(table), table.nbytes)
-        if sink.is_due():
-            write(sink)
-    write(sink)
+            while not sink.is_full():
+                with interrupts.allowed():
+                    table = next(tables, None)
+                if table is None:
+                    break
+                table = table[: sink.room_for(len(table))]
+                counts = counts_of(table)
+                sink.progress.add(counts)
+                sink.add((table, counts), len(table), table.nbytes)
+                if sink.is_due():
+                    writer.start()
+                writer.publish(wait=False)
+        finally:
+            writer.finish()
 
 
-def raise_errors(loader: DataLoader) -> Iterator[Batch]:
-    for batch in loader:
+def received(loaded: Iterator[Any], batch_of: Callable[[Any], Batch]) -> Iterator[Batch]:
+    for batch in loaded:
         if isinstance(batch, InputError):
             raise batch
-        yield batch
-
-
-def write(sink: Sink) -> None:
-    taken, rows = sink.take()
-    if rows:
-        tables, counts = zip(*taken, strict=True)
-        sink.publish(sink.output.write_rows(pa.concat_tables(tables)), counts)
+        yield batch_of(batch)

@@ -44,7 +44,7 @@ class PrepareStage:
         self.prepare = Preparer(job)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        images = (Image(row["id"], row["error"], row["image"]) for row in table.to_pylist())
+        images = (Image(row["id"], row["error"], row["image"], row.get("kept")) for row in table.to_pylist())
         for batch in self.prepare(images):
             lengths = batch.grids.prod(1).tolist()
             parts = batch.patches.split(lengths) if lengths else ()
@@ -52,7 +52,8 @@ class PrepareStage:
                 (id_, None, grid, patches.view(torch.uint8).numpy().tobytes())
                 for id_, grid, patches in zip(batch.ids, batch.grids.tolist(), parts, strict=True)
             ]
-            yield table_of([*rows, *((id_, error, None, None) for id_, error in batch.failed)], PATCH_SCHEMA)
+            made = table_of([*rows, *((id_, error, None, None) for id_, error in batch.failed)], PATCH_SCHEMA)
+            yield made if batch.kept is None else made.append_column("kept", batch.kept)
 
 
 class EncodeStage:
@@ -72,7 +73,7 @@ class EncodeStage:
         failed = table.filter(table["error"].is_valid())
         if len(failed):
             pairs = list(zip(failed["id"].to_pylist(), failed["error"].to_pylist(), strict=True))
-            yield Batch([], torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 0), pairs)
+            yield Batch([], torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 0), pairs, kept_of(failed))
         table = table.filter(table["error"].is_null())
         if not len(table):
             return
@@ -81,11 +82,17 @@ class EncodeStage:
         offsets = torch.frombuffer(patches.buffers()[1], dtype=torch.int64)[patches.offset :]
         values = torch.frombuffer(patches.buffers()[2], dtype=self.dtype)
         ids, grids = table["id"].to_pylist(), torch.tensor(table["grid_thw"].to_pylist())
-        lengths = grids.prod(1)
+        lengths, all_kept = grids.prod(1), kept_of(table)
         for indices in self.sampler_class(lengths.tolist(), self.patches_per_batch):
             batch = slice(indices[0], indices[-1] + 1)
             start, stop = (int(offsets[i]) // values.element_size() for i in (batch.start, batch.stop))
-            yield Batch(ids[batch], grids[batch], values[start:stop].view(int(lengths[batch].sum()), -1), [])
+            packed = values[start:stop].view(int(lengths[batch].sum()), -1)
+            kept = None if all_kept is None else all_kept[batch]
+            yield Batch(ids[batch], grids[batch], packed, [], kept)
+
+
+def kept_of(table: pa.Table) -> pa.StructArray | None:
+    return pa.concat_arrays(table["kept"].chunks) if "kept" in table.column_names else None
 
 
 def check_address(address: str) -> None:

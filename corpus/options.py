@@ -16,6 +16,7 @@ class Options:
     pooling: str | None = None
     patch_features: str | None = None
     embedding_dtype: str = "float32"
+    keep: tuple[str, ...] = ()
     dtype: str = "float32"
     max_patches: int | None = None
     image_size: int | None = None

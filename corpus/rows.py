@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +19,19 @@ PATCH_SCHEMA = pa.schema(
     {"id": pa.string(), "error": pa.string(), "grid_thw": pa.list_(pa.int64()), "patches": pa.large_binary()}
 )
 
+# Of the output; `shard` is what readers of shards add.
+OUR_COLUMNS = ("id", "error", "error_detail", "grid_thw", "embedding", "patch_features", "shard")
 
 TOO_LARGE = "the file is larger than --max-image-bytes"
 
 
 class Image(NamedTuple):
-    """The bytes of a file, or why there are none."""
+    """The bytes of a file, or why there are none, and what goes along."""
 
     id: str
     error: str | None
     data: bytes | None
+    kept: dict[str, Any] | None = None
 
 
 class IdSet:
@@ -58,8 +61,18 @@ class IdSet:
         return bool((self.sorted[1:] == self.sorted[:-1]).any())
 
 
+def with_kept(schema: pa.Schema, keep: pa.Schema | None) -> pa.Schema:
+    """Of rows on their way on Ray, where what is kept is one column: its names may be any."""
+    return schema if keep is None else schema.append(pa.field("kept", pa.struct(keep)))
+
+
 def output_schema(
-    embedding_size: int, embedding_dtype: str, patch_features: str | None, hidden_size: int, metadata: dict[str, str]
+    embedding_size: int,
+    embedding_dtype: str,
+    patch_features: str | None,
+    hidden_size: int,
+    keep: pa.Schema | None,
+    metadata: dict[str, str],
 ) -> pa.Schema:
     """`metadata` is what a file says of how its rows were made."""
     number = pa.float16() if embedding_dtype == "float16" else pa.float32()
@@ -75,6 +88,7 @@ def output_schema(
         # Arrow has no bfloat16, and lists of half floats are slow to read and write.
         of_patches = {"dtype": patch_features, "shape": f"(t, h, w, {hidden_size})"}
         fields.append(pa.field("patch_features", pa.large_binary(), metadata=of_patches))
+    fields += keep or []
     return pa.schema(fields, {f"aimv2_packing.{name}": value for name, value in metadata.items()})
 
 

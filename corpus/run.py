@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
 
+import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -14,12 +15,13 @@ from conversion.local_code import CODE_FOLDER, local_class
 from conversion.messages import printable, without_credentials
 from corpus import in_process
 from corpus.done import changed_line, done_of, note_redone
-from corpus.inputs import Corpus, corpus_of
+from corpus.inputs import Corpus, corpus_of, has_image_name
 from corpus.interrupts import Interrupts
 from corpus.models import device_of, load_processor, model_folder
 from corpus.options import Options
 from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
+from corpus.rows import OUR_COLUMNS
 from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
 from corpus.shards import keep_shard, mark_complete, output_of, unmark
 from corpus.sink import Sink
@@ -129,11 +131,14 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     formats = tuple(local_class("image_processing_aimv2_packing.image_formats")())
     corpus = corpus_of(inputs, options.output, formats)
     is_parquet = corpus.kind == "parquet"
+    check_keep(options.keep, corpus.kind, formats)
+    # Of an archive they are texts.
+    keep = pa.schema([(name, pa.string()) for name in options.keep])
     if is_parquet:
         if options.num_shards is not None and options.id_column is None:
             keep_shard(corpus, options.num_shards, options.shard_index or 0)
         # An id may come twice in files of different shards.
-        add_rows(corpus, inputs, options.image_column, options.id_column)
+        keep = add_rows(corpus, inputs, options.image_column, options.id_column, options.keep)
     if options.num_shards is not None:
         keep_shard(corpus, options.num_shards, options.shard_index or 0)
     settings = Settings(
@@ -146,6 +151,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         image_column=options.image_column if is_parquet else None,
         id_column=options.id_column if is_parquet else None,
         embedding_dtype=options.embedding_dtype,
+        keep={field.name: str(field.type) for field in keep} or None,
     )
     job = Job(
         model=folder if commit is None else options.model,
@@ -158,8 +164,28 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         max_image_bytes=options.max_image_bytes,
         max_image_pixels=options.max_image_pixels,
         settings=settings,
+        keep=keep if options.keep else None,
     )
     return job, corpus
+
+
+def check_keep(keep: tuple[str, ...], kind: str, formats: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: names that cannot be columns of the output, or have no meaning for the input.
+    """
+    if not keep:
+        return
+    if kind == "image":
+        raise ValueError(f"`--keep` needs Parquet files or archives, got {','.join(keep)} with files of images.")
+    if taken := {"", *OUR_COLUMNS}.intersection(keep):
+        raise ValueError(f"`--keep` must not name columns of the output itself, got {min(taken)!r}.")
+    if len({*keep}) < len(keep):
+        raise ValueError(f"`--keep` must name each column once, got {','.join(keep)}.")
+    if kind == "archive" and (
+        odd := [name for name in keep if has_image_name(f".{name}", formats) or name.lower() != name]
+    ):
+        raise ValueError(f"`--keep` names suffixes of texts, in lower case and without the first dot, got {odd[0]!r}.")
 
 
 def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) -> None:

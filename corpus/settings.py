@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock
 from huggingface_hub import constants
 
@@ -50,6 +51,8 @@ class Settings:
     image_column: str | None
     id_column: str | None
     embedding_dtype: str = "float32"
+    # The Arrow type of each column.
+    keep: dict[str, str] | None = None
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """What is not the same in a record of other settings, each as "NAME is VALUE, was VALUE"."""
@@ -67,7 +70,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """`model` is a folder or an id of the Hub, whose commit is `revision`."""
+    """
+    `model` is a folder or an id of the Hub, whose commit is `revision`; `keep` has the columns that are kept of Parquet
+    files, or of an archive the suffixes of the texts beside its images.
+    """
 
     model: str
     revision: str | None
@@ -79,6 +85,7 @@ class Job:
     max_image_bytes: int
     max_image_pixels: int
     settings: Settings
+    keep: pa.Schema | None = None
 
 
 def shown(value: Any) -> str:

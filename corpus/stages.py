@@ -27,13 +27,23 @@ IMAGES_PER_BATCH = 1024
 TOO_MANY_PIXELS = "ValueError: the image has more pixels than --max-image-pixels"
 
 
+def nothing() -> None:
+    pass
+
+
 class Batch(NamedTuple):
-    """`patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features."""
+    """
+    `patches` is (N, patch_dim), `grids` int64 (len(ids), 3); `failed` has (id, error) of images without features, and
+    `kept` a struct of what goes along for each of `ids` and then of `failed`. `release` is called when `patches` are no
+    longer read.
+    """
 
     ids: list[str]
     grids: torch.Tensor
     patches: torch.Tensor
     failed: list[tuple[str, str]]
+    kept: pa.StructArray | None = None
+    release: Callable[[], None] = nothing
 
 
 class Prepared(NamedTuple):
@@ -43,6 +53,7 @@ class Prepared(NamedTuple):
     error: str | None
     patches: torch.Tensor | None = None
     grid: torch.Tensor | None = None
+    kept: dict[str, Any] | None = None
 
 
 class Preparer:
@@ -63,18 +74,21 @@ class Preparer:
         self.job = job
 
     def __call__(self, images: Iterable[Image]) -> Iterator[Batch]:
+        for group in self.groups(images):
+            yield packed(group, self.job.keep)
+
+    def groups(self, images: Iterable[Image]) -> Iterator[list[Prepared]]:
+        """Of the images of one batch each."""
+
         def length(image: Prepared) -> int:
             return 0 if image.patches is None else len(image.patches)
 
-        for group in self.pack_in_order(
-            map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH
-        ):
-            yield packed(group)
+        return self.pack_in_order(map(self.prepare, images), length, self.job.patches_per_batch, IMAGES_PER_BATCH)
 
     def prepare(self, image: Image) -> Prepared:
         """The patches of one image, in the dtype of the model."""
         if image.error is not None:
-            return Prepared(image.id, image.error)
+            return Prepared(image.id, image.error, kept=image.kept)
         try:
             with warnings.catch_warnings(), pixel_limit(self.job.max_image_pixels):
                 # On files that are odd and still decoded: one line each would bury the progress.
@@ -84,8 +98,10 @@ class Preparer:
         # The decoders of PIL raise anything on a broken file.
         except Exception as failure:
             too_large = isinstance(failure.__cause__, PIL.Image.DecompressionBombError)
-            return Prepared(image.id, TOO_MANY_PIXELS if too_large else detail_of(failure))
-        return Prepared(image.id, None, features["hidden_states"].to(self.dtype), features["grid_thw"][0])
+            error = TOO_MANY_PIXELS if too_large else detail_of(failure)
+            return Prepared(image.id, error, kept=image.kept)
+        patches = features["hidden_states"].to(self.dtype)
+        return Prepared(image.id, None, patches, features["grid_thw"][0], image.kept)
 
 
 @contextmanager
@@ -100,12 +116,17 @@ def pixel_limit(pixels: int) -> Iterator[None]:
         PIL.Image.MAX_IMAGE_PIXELS = before
 
 
-def packed(group: list[Prepared]) -> Batch:
+def packed(group: list[Prepared], keep: pa.Schema | None, out: torch.Tensor | None = None) -> Batch:
+    """A batch of some images, its patches the first rows of `out` where that is given."""
     good = [image for image in group if image.error is None]
     grids = torch.stack([image.grid for image in good]) if good else torch.empty(0, 3, dtype=torch.int64)
-    patches = torch.cat([image.patches for image in good]) if good else torch.empty(0, 0)
-    failed = [(image.id, image.error) for image in group if image.error is not None]
-    return Batch([image.id for image in good], grids, patches, failed)
+    parts = [image.patches for image in good if image.patches is not None]
+    own = None if out is None else out[: sum(map(len, parts))]
+    patches = torch.cat(parts, out=own) if parts else torch.empty(0, 0)
+    failed = [image for image in group if image.error is not None]
+    kept = None if keep is None else pa.array([image.kept for image in good + failed], pa.struct(keep))
+    errors = [(image.id, str(image.error)) for image in failed]
+    return Batch([image.id for image in good], grids, patches, errors, kept)
 
 
 def head(model: Any, hidden_states: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +184,13 @@ class Encoder:
         self.settings = job.settings
         self.device = torch.device(device)
         self.model = load_model(folder, job.settings).to(self.device)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # On a GPU one is computed and one is ready, whatever this process does meanwhile.
+        self.batches_at_once = 0 if self.device.type == "cpu" else 2
         config = self.model.config
-        hidden_size = getattr(config, "vision_config", config).hidden_size
+        vision = getattr(config, "vision_config", config)
+        hidden_size = vision.hidden_size
+        self.patch_dim = vision.num_channels * vision.patch_size**2
         embedding_size = config.projection_dim if job.settings.pooling == "projection" else hidden_size
         metadata = {
             # Paths are of one machine.
@@ -173,28 +199,62 @@ class Encoder:
             "weights": job.settings.weights,
             "pooling": job.settings.pooling,
             "dtype": job.settings.dtype,
-            "patch_size": str(getattr(config, "vision_config", config).patch_size),
+            "patch_size": str(vision.patch_size),
         }
         self.schema = output_schema(
-            embedding_size, job.settings.embedding_dtype, job.settings.patch_features, hidden_size, metadata
+            embedding_size,
+            job.settings.embedding_dtype,
+            job.settings.patch_features,
+            hidden_size,
+            job.keep,
+            metadata,
         )
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[pa.Table]:
-        # A device that computes on its own works on one batch while the one before becomes a table.
-        ahead = 0 if self.device.type == "cpu" else 1
         started: deque[tuple] = deque()
         for batch in batches:
-            started.append((batch, self.encode(batch)))
-            if len(started) > ahead:
-                yield self.table_of(*started.popleft())
+            started.append((batch, *self.fetch(self.encode(batch))))
+            if len(started) > self.batches_at_once:
+                yield self.finish(*started.popleft())
         while started:
-            yield self.table_of(*started.popleft())
+            yield self.finish(*started.popleft())
+
+    def finish(self, batch: Batch, encoded: "Encoded | None", done: torch.cuda.Event | None) -> pa.Table:
+        if done is not None:
+            done.synchronize()
+        batch.release()
+        return self.table_of(batch, encoded)
+
+    def fetch(self, encoded: "Encoded | None") -> tuple["Encoded | None", torch.cuda.Event | None]:
+        """What is encoded on the host, once the event has come where there is one: later batches are not waited for."""
+        if encoded is None or self.device.type == "cpu":
+            return encoded, None
+        is_cuda = self.device.type == "cuda"
+        # Into pinned memory, which is PyTorch's own.
+        fetched = [value if value is None else value.to("cpu", non_blocking=is_cuda) for value in encoded]
+        done = None
+        if is_cuda:
+            # A core that waits is a decoder's.
+            done = torch.cuda.Event(blocking=True)
+            done.record(torch.cuda.current_stream(self.device))
+        return Encoded(*fetched), done
+
+    def to_device(self, patches: torch.Tensor) -> torch.Tensor:
+        """While the batch before is computed."""
+        if self.copies is None:
+            return patches.to(self.device)
+        with torch.cuda.stream(self.copies):
+            moved = patches.to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.copies)
+        moved.record_stream(current)
+        return moved
 
     @torch.inference_mode()
     def encode(self, batch: Batch) -> "Encoded | None":
         if not batch.ids:
             return None
-        hidden_states = batch.patches.to(self.device, non_blocking=True)
+        hidden_states = self.to_device(batch.patches)
         try:
             embeddings, features = POOLINGS[self.settings.pooling](self.model, hidden_states, batch.grids)
         except torch.OutOfMemoryError as error:
@@ -210,29 +270,33 @@ class Encoder:
         return Encoded(embeddings, are_finite, features, features.isfinite().all(1))
 
     def table_of(self, batch: Batch, encoded: "Encoded | None") -> pa.Table:
-        failed = list(batch.failed)
+        errors: list[str | None] = []
         columns: dict[str, pa.Array] = {}
-        ids: list[str] = []
         if encoded is not None:
             lengths = batch.grids.prod(1).tolist()
             setting = "dtype" if self.settings.dtype == "float16" else "embedding_dtype"
             errors = [None if is_finite else self.not_finite(setting) for is_finite in encoded.are_finite.tolist()]
             if encoded.features is not None and encoded.patches_are_finite is not None:
-                for index, part in enumerate(encoded.patches_are_finite.cpu().split(lengths)):
+                for index, part in enumerate(encoded.patches_are_finite.split(lengths)):
                     if errors[index] is None and not part.all():
                         errors[index] = self.not_finite("patch_features")
-            failed += [(id_, error) for id_, error in zip(batch.ids, errors, strict=True) if error]
             good = [index for index, error in enumerate(errors) if error is None]
-            ids = [batch.ids[index] for index in good]
             columns["grid_thw"] = pa.array(batch.grids[good].tolist(), self.schema.field("grid_thw").type)
-            embeddings = encoded.embeddings.cpu()[good].numpy()
+            embeddings = encoded.embeddings[good].numpy()
             offsets = np.arange(len(good) + 1, dtype=np.int32) * embeddings.shape[1]
             columns["embedding"] = pa.ListArray.from_arrays(offsets, embeddings.reshape(-1))
             if encoded.features is not None:
-                parts = encoded.features.cpu().view(torch.uint8).split(lengths)
+                parts = encoded.features.view(torch.uint8).split(lengths)
                 columns["patch_features"] = pa.array([parts[i].numpy().tobytes() for i in good], pa.large_binary())
-        columns["id"] = pa.array(ids + [id_ for id_, _ in failed], pa.string())
-        details = [None] * len(ids) + [error for _, error in failed]
+        ids = [*batch.ids, *(id_ for id_, _ in batch.failed)]
+        details = [*errors, *(error for _, error in batch.failed)]
+        # Those with features first.
+        order = sorted(range(len(ids)), key=lambda index: details[index] is not None)
+        details = [details[index] for index in order]
+        columns["id"] = pa.array([ids[index] for index in order], pa.string())
+        if batch.kept is not None:
+            kept = batch.kept.take(pa.array(order, pa.int64()))
+            columns |= zip((field.name for field in kept.type), kept.flatten(), strict=True)
         columns["error_detail"] = pa.array(details, pa.string())
         columns["error"] = pa.array([detail and groupable(detail) for detail in details], pa.string())
         arrays = []

@@ -34,10 +34,14 @@ MOST_COMPRESSED = 100
 
 
 class Table(NamedTuple):
-    """A Parquet file: the rows of each of its row groups, and the digests of its ids where a column holds them."""
+    """
+    A Parquet file: the rows of each of its row groups, the digests of its ids where a column holds them, and the fields
+    of what is kept.
+    """
 
     groups: list[int]
     digests: bytes
+    keep: pa.Schema
 
 
 def is_binary(kind: pa.DataType) -> bool:
@@ -58,12 +62,14 @@ def is_image_type(kind: pa.DataType) -> bool:
     return is_binary(kind) or is_text(kind)
 
 
-def check_columns(name: str, schema: pa.Schema, image_column: str, id_column: str | None) -> None:
+def check_columns(
+    name: str, schema: pa.Schema, image_column: str, id_column: str | None, keep: tuple[str, ...]
+) -> None:
     """
     Raises:
         ValueError: a column is missing, or holds no images or no ids.
     """
-    for column in (image_column, id_column):
+    for column in (image_column, id_column, *keep):
         if column and column not in schema.names:
             raise ValueError(f"{printable(name)} must have a column {column!r}, got {schema.names}.")
     kind = schema.field(image_column).type
@@ -96,11 +102,11 @@ def parquet_of(path: str, fs: fsspec.AbstractFileSystem, key: str, columns: tupl
 
 @contextmanager
 def opened_parquet(
-    fs: fsspec.AbstractFileSystem, path: str, image_column: str, id_column: str | None
+    fs: fsspec.AbstractFileSystem, path: str, image_column: str, id_column: str | None, keep: tuple[str, ...]
 ) -> Iterator[pq.ParquetFile]:
     with ExitStack() as stack:
         if is_manifest(bare(fs, path)):
-            columns = tuple(column for column in (image_column, id_column) if column)
+            columns = tuple(column for column in dict.fromkeys((image_column, id_column, *keep)) if column)
             opened: Any = pa.BufferReader(parquet_of(path, fs, fs.ukey(path), columns))
         else:
             opened = stack.enter_context(fs.open(path, "rb"))
@@ -143,9 +149,39 @@ def chunks_of(metadata: pq.RowGroupMetaData, column: str) -> Iterator[pq.ColumnC
             yield chunk
 
 
-def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_column: str | None) -> None:
+def kept_fields(schema: pa.Schema, keep: tuple[str, ...]) -> pa.Schema:
+    kinds = [schema.field(name).type for name in keep]
+    # Values of a dictionary are written as any.
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    return pa.schema(list(zip(keep, kinds, strict=True)))
+
+
+def common_schema(keep: tuple[str, ...], tables: dict[str, pa.Schema]) -> pa.Schema:
+    """
+    The types that hold the kept columns of all files.
+
+    Raises:
+        ValueError: there is none.
+    """
+    schema = pa.schema([(name, pa.null()) for name in keep])
+    for file, of_file in tables.items():
+        try:
+            schema = pa.unify_schemas([schema, of_file], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"`--keep` needs columns of one type, got another in {printable(file)}: {error}"
+            ) from error
+    return pa.schema([(field.name, pa.string() if pa.types.is_null(field.type) else field.type) for field in schema])
+
+
+def add_rows(
+    corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_column: str | None, keep: tuple[str, ...] = ()
+) -> pa.Schema:
     """
     Looks into the Parquet files of a corpus: its parts become their row groups.
+
+    Returns:
+        `pyarrow.Schema`: Of the columns in `keep`.
 
     Raises:
         ValueError: a file cannot be read, a column is missing, or an id is missing or comes twice.
@@ -154,15 +190,15 @@ def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_colu
     def table_of(file: Part) -> Table:
         fs, _ = file_system(inputs[file.source])
         try:
-            with opened_parquet(fs, file.path, image_column, id_column) as parquet:
-                check_columns(file.name, parquet.schema_arrow, image_column, id_column)
+            with opened_parquet(fs, file.path, image_column, id_column, keep) as parquet:
+                check_columns(file.name, parquet.schema_arrow, image_column, id_column, keep)
                 groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
                 digests = bytearray()
                 if id_column:
                     for index in range(len(groups)):
                         for id_ in ids_of(parquet, file.name, index, id_column):
                             digests += IdSet.digest(id_)
-                return Table(groups, bytes(digests))
+                return Table(groups, bytes(digests), kept_fields(parquet.schema_arrow, keep))
         except (OSError, pa.ArrowException) as error:
             kind = "a table" if is_manifest(file.name) else "Parquet"
             raise ValueError(f"{printable(file.name)} of `--input` cannot be read as {kind}: {error}") from error
@@ -183,6 +219,7 @@ def add_rows(corpus: Corpus, inputs: tuple[str, ...], image_column: str, id_colu
         corpus.ids = IdSet(digests=b"".join(corpus.digests.values()))
         if corpus.ids.has_duplicates():
             raise ValueError(f"`--id-column` {id_column!r} must hold a different value in each row.")
+    return common_schema(keep, {file.name: table.keep for file, table in zip(files, tables, strict=True)})
 
 
 def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image]:
@@ -194,6 +231,7 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
     """
     fs, _ = file_system(job.inputs[part.source])
     image_column, id_column = str(job.settings.image_column), job.settings.id_column
+    keep = tuple(job.keep.names) if job.keep is not None else ()
 
     def ids() -> Iterator[str]:
         if id_column:
@@ -201,16 +239,17 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
         return (f"{part.name}#{part.first_row + row}" for row in range(metadata.num_rows))
 
     try:
-        with opened_parquet(fs, part.path, image_column, id_column) as parquet:
+        with opened_parquet(fs, part.path, image_column, id_column, keep) as parquet:
             metadata = parquet.metadata.row_group(part.row_group)
             if all(id_ in done for id_ in ids()):
                 return
             remaining = ids()
             try:
-                for value in values_of(parquet, part.row_group, image_column, job.max_image_bytes):
+                for values in values_of(parquet, part.row_group, (image_column, *keep), job.max_image_bytes):
                     id_ = next(remaining)
                     if id_ not in done:
-                        yield image_of(id_, value, part, fs, job.max_image_bytes)
+                        image = image_of(id_, values[0], part, fs, job.max_image_bytes)
+                        yield with_columns(image, dict(zip(keep, values[1:], strict=True)))
             # What decompresses and parses raises more than OSError.
             except Exception as error:
                 text = detail_of(error)
@@ -219,15 +258,36 @@ def read_row_group(part: Part, job: Job, done: Container[str]) -> Iterator[Image
         raise InputError(f"{printable(part.name)} of `--input` can no longer be read: {stable_text(error)}.") from error
 
 
-def values_of(parquet: pq.ParquetFile, group: int, column: str, max_image_bytes: int) -> Iterator[pa.Scalar]:
+def with_columns(image: Image, columns: dict[str, pa.Scalar]) -> Image:
+    """An image with what is kept of its row; where that cannot be read, the error."""
+    if not columns:
+        return image
+    try:
+        return image._replace(kept={name: value_of(scalar) for name, scalar in columns.items()})
+    except Exception as error:
+        return Image(image.id, detail_of(error), None)
+
+
+def value_of(scalar: pa.Scalar) -> Any:
+    if isinstance(scalar, pa.DictionaryScalar):
+        scalar = scalar.value
+    if scalar is not None and scalar.is_valid and is_text(scalar.type):
+        # Parquet does not promise UTF-8.
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+    return None if scalar is None else scalar.as_py()
+
+
+def values_of(
+    parquet: pq.ParquetFile, group: int, columns: tuple[str, ...], max_image_bytes: int
+) -> Iterator[tuple[pa.Scalar, ...]]:
     """
-    The values of a column, of which no more than `BYTES_AT_ONCE` are decoded at once, or one.
+    The values of some columns, row by row, of which no more than `BYTES_AT_ONCE` are decoded at once, or one.
 
     Raises:
         ValueError: what is compressed can hold no images.
     """
     metadata = parquet.metadata.row_group(group)
-    chunks = list(chunks_of(metadata, column))
+    chunks = [chunk for column in dict.fromkeys(columns) for chunk in chunks_of(metadata, column)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks)
     if size > max_image_bytes:
         if size > max_image_bytes * metadata.num_rows:
@@ -235,11 +295,13 @@ def values_of(parquet: pq.ParquetFile, group: int, column: str, max_image_bytes:
         if size > MOST_COMPRESSED * sum(chunk.total_compressed_size for chunk in chunks):
             raise ValueError(f"the row group is compressed more than {MOST_COMPRESSED} times, as no images are")
     # Of a dictionary each value may be all of it.
-    has_dictionary = any(chunk.has_dictionary_page for chunk in chunks)
-    largest = size if has_dictionary else size // max(1, metadata.num_rows)
+    largest = sum(
+        chunk.total_uncompressed_size // (1 if chunk.has_dictionary_page else max(1, metadata.num_rows))
+        for chunk in chunks
+    )
     rows = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, largest)))
-    for batch in parquet.iter_batches(rows, row_groups=[group], columns=[column]):
-        yield from batch.column(0)
+    for batch in parquet.iter_batches(rows, row_groups=[group], columns=list(dict.fromkeys(columns))):
+        yield from zip(*(batch.column(name) for name in columns), strict=True)
 
 
 def image_of(id_: str, value: pa.Scalar, part: Part, fs: fsspec.AbstractFileSystem, max_image_bytes: int) -> Image:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from corpus.inputs import Part
 from corpus.output import Counts, Output, counts_of
 from corpus.readers import read
-from corpus.rows import IMAGE_SCHEMA, table_of
+from corpus.rows import IMAGE_SCHEMA, table_of, with_kept
 from corpus.settings import Job
 
 
@@ -22,15 +22,16 @@ FILES_PER_BLOCK = 64
 def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> Iterator[pa.Table]:
     """Parts of the input to `IMAGE_SCHEMA`, less the rows that are done."""
     parts = [Part(**{**row, "path": os.fsdecode(row["path"])}) for row in table.to_pylist()]
+    schema = with_kept(IMAGE_SCHEMA, job.keep)
     rows: list[tuple] = []
     size = 0
     for image in read(parts, kind, job, done):
-        rows.append(image)
+        rows.append(image[: len(schema)])
         size += len(image.data or b"")
         if size > BYTES_PER_BLOCK or len(rows) == FILES_PER_BLOCK:
-            yield table_of(rows, IMAGE_SCHEMA)
+            yield table_of(rows, schema)
             rows, size = [], 0
-    yield table_of(rows, IMAGE_SCHEMA)
+    yield table_of(rows, schema)
 
 
 def write(location: str, rows: int, *tables: pa.Table) -> str:

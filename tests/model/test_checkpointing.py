@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -167,14 +167,18 @@ def test_the_tower_of_a_vision_language_model_under_trainer(tmp_path, monkeypatc
     pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
     monkeypatch.syspath_prepend(str(REPO / "examples"))
     example = importlib.import_module("vision_language_model")
-    vision = packing_model(reference_model())
-    AutoConfig.register("aimv2_packing", type(vision.config), exist_ok=True)
-    AutoModel.register(type(vision.config), type(vision), exist_ok=True)
-    text = {"vocab_size": example.VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": example.PAD_TOKEN}
-    config = example.VisionLanguageConfig(vision_config=vision.config, text_config=example.Qwen2Config(**text))
-    grids = [(3, 4), (5, 2)]
-    batch = {**pack(random_images(grids)), **example.batch_of_text(["a", "bc"], [12, 10])}
+    config_class, model_class, _ = example.composite_classes()
+    text = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = config_class(
+        vision_config=packing_model(reference_model()).config,
+        text_config=example.Qwen2Config(**text),
+        image_token_id=1,
+        merge_size=1,
+    )
+    input_ids = torch.tensor([[1] * 12 + [5, 6, 7], [1] * 10 + [8, 9, 10, 11, 12]])
+    labels = input_ids.masked_fill(input_ids == 1, -100)
+    batch = {**pack(random_images([(3, 4), (5, 2)])), "input_ids": input_ids, "labels": labels}
 
     # Since transformers 5.23, and before.
     fields = TrainingArguments.__dataclass_fields__
@@ -182,7 +186,7 @@ def test_the_tower_of_a_vision_language_model_under_trainer(tmp_path, monkeypatc
 
     def trained(checkpointing: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = example.VisionLanguageModel(config)
+        model = model_class(config)
         calls, layer = [], model.vision.encoder.layers[0]
         layer.ffn.register_forward_pre_hook(lambda *_: calls.append(1))
         others = model.vision.encoder.layers[1:]

@@ -1,0 +1,177 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Between the processes: buffers that workers fill, copies to and from a device, and the thread that writes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from corpora import IMAGES, extract, rows_of, write_images
+from reference import REPO
+
+from corpus import in_process, ring
+from corpus.output import Output
+from corpus.stages import Encoder
+
+
+MANY = {f"{copy:02}/{name}": data for copy in range(12) for name, data in {**IMAGES, "bad.png": b"no image"}.items()}
+BATCHES = {"patches_per_batch": 256, "max_patches": 256}
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_workers_give_what_one_process_gives(
+    head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int, dtype: str
+) -> None:
+    source = write_images(tmp_path / "in", MANY)
+    expected = extract(head_repo, source, tmp_path / "alone", dtype=dtype, **BATCHES)
+    monkeypatch.setattr(in_process, "decoders", lambda device: 2)
+    monkeypatch.setattr(ring, "BUFFERS", buffers)
+    rows = extract(head_repo, source, tmp_path / "out", dtype=dtype, **BATCHES)
+    assert rows.keys() == expected.keys() == MANY.keys()
+    for id_, row in rows.items():
+        assert row["error"] == expected[id_]["error"] and row["grid_thw"] == expected[id_]["grid_thw"]
+        if row["error"] is None:
+            tolerance = 1e-5 if dtype == "float32" else 2e-2
+            np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=tolerance)
+
+
+def test_a_buffer_is_filled_again_only_when_it_was_read(
+    head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder that looks at its batches as late as it may, while workers have time to overwrite them."""
+    source = write_images(tmp_path / "in", MANY)
+    expected = extract(head_repo, source, tmp_path / "alone", **BATCHES)
+    encode = Encoder.encode
+    waiting: list = []
+
+    def init(self: Encoder, *arguments) -> None:
+        original(self, *arguments)
+        self.batches_at_once = 2
+
+    def late(self: Encoder, batch, encoded, done):
+        waiting.append(len(batch.ids))
+        time.sleep(0.02)
+        row = encode(self, batch)
+        table = self.table_of(batch, row)
+        batch.release()
+        return table
+
+    original = Encoder.__init__
+    monkeypatch.setattr(Encoder, "__init__", init)
+    monkeypatch.setattr(Encoder, "finish", late)
+    monkeypatch.setattr(in_process, "decoders", lambda device: 2)
+    rows = extract(head_repo, source, tmp_path / "out", **BATCHES)
+    assert rows.keys() == MANY.keys() and len(waiting) > 20
+    for id_, row in rows.items():
+        if row["error"] is None:
+            np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=1e-5)
+
+
+SCRIPT = """
+import sys, time
+from corpus import in_process
+from corpus.options import Options
+from corpus.run import run
+from corpus.stages import Encoder
+
+in_process.decoders = lambda device: 2
+encode = Encoder.encode
+Encoder.encode = lambda self, batch: (print("batch", flush=True), time.sleep(0.2), encode(self, batch))[-1]
+model, source, output = sys.argv[1:]
+run(Options(model, [source], output, patches_per_batch=256, max_patches=256))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_command(head_repo: Path, tmp_path: Path, end: signal.Signals) -> None:
+    """More are decoded than buffers take, so that all workers wait when the command goes."""
+    source = write_images(tmp_path / "in", MANY)
+    run = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, head_repo, source, tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(4):
+        assert run.stdout is not None and run.stdout.readline() == "batch\n"
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) >= 2
+    run.send_signal(end)
+    run.wait(timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    if end == signal.SIGINT:
+        assert 0 < len(rows_of(tmp_path / "out")) < len(MANY)
+
+
+def test_a_thread_writes_and_the_command_publishes(
+    head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_images(tmp_path / "in", MANY)
+    threads: dict[str, set[int]] = {"write_rows": set(), "publish": set()}
+
+    def noted(name: str, method: Callable) -> Callable:
+        def noting(self: Output, *arguments):
+            threads[name].add(threading.get_ident())
+            return method(self, *arguments)
+
+        return noting
+
+    for name in threads:
+        monkeypatch.setattr(Output, name, noted(name, getattr(Output, name)))
+    rows = extract(head_repo, source, tmp_path / "out", rows_per_file=5, **BATCHES)
+    assert rows.keys() == MANY.keys()
+    assert threads["publish"] == {threading.get_ident()} and len(threads["write_rows"]) == 1
+    assert threads["write_rows"] != threads["publish"]
+
+
+def test_what_was_encoded_while_a_write_failed_is_written(
+    head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = write_images(tmp_path / "in", MANY), []
+
+    def failing(self: Output, table):
+        calls.append(len(table))
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write_rows(self, table)
+
+    write_rows = Output.write_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write_rows", failing)
+        with pytest.raises(OSError, match="No space left"):
+            extract(head_repo, source, tmp_path / "out", rows_per_file=5, **BATCHES)
+    assert len(rows_of(tmp_path / "out")) == sum(calls) - calls[1]
+    assert extract(head_repo, source, tmp_path / "out", **BATCHES).keys() == MANY.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("patch_features", [None, "bfloat16"])
+def test_a_gpu_gives_what_the_cpu_gives(head_repo: Path, tmp_path: Path, patch_features: str | None) -> None:
+    source = write_images(tmp_path / "in", MANY)
+    options = {"patch_features": patch_features, **BATCHES}
+    expected = extract(head_repo, source, tmp_path / "cpu", device="cpu", **options)
+    rows = extract(head_repo, source, tmp_path / "gpu", device="cuda", **options)
+    assert rows.keys() == expected.keys() == MANY.keys()
+    for id_, row in rows.items():
+        assert row["error"] == expected[id_]["error"] and row["grid_thw"] == expected[id_]["grid_thw"]
+        if row["error"] is None:
+            np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=1e-4)
+            if patch_features:
+                values, other = (
+                    torch.frombuffer(bytearray(found[id_]["patch_features"]), dtype=torch.bfloat16).float()
+                    for found in (rows, expected)
+                )
+                torch.testing.assert_close(values, other, rtol=2e-2, atol=2e-2)
