@@ -68,13 +68,13 @@ NOT_RUN = {
     ("README.md", "python PATH/convert_weights.py ..."): "is a form, not a command",
     (
         "docs/benchmarks.md",
-        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --best --mixes one_224 two_224 "
-        "--peers timm",
+        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --best --mixes one_224 --peers timm "
+        "--growth",
     ): GPU,
     (
         "docs/benchmarks.md",
         "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --patches 2048 "
-        "--mixes mixed small uniform_224 uniform_448",
+        "--mixes mixed uniform_224 --peers padded naflex timm --growth",
     ): GPU,
     ("docs/benchmarks.md", "make bench"): MINUTES,
     ("docs/benchmarks.md", "python benchmarks/throughput.py --against CHECKOUT"): MINUTES,
