@@ -60,7 +60,11 @@ def main() -> None:
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title("AIMv2-L, bfloat16, one H200: batch after batch, host included. A graph of timm's serves one size and one batch", fontsize=9, loc="left")
+    axes.set_title(
+        "AIMv2-L, bfloat16, one H200: batch after batch, host included. A graph of timm's serves one size and one batch",
+        fontsize=9,
+        loc="left",
+    )
     figure.tight_layout()
     figure.savefig(Path(__file__).with_suffix(".svg"), facecolor="white", metadata={"Date": None})
 
