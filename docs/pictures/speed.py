@@ -61,7 +61,7 @@ def main() -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     axes.set_title(
-        "AIMv2-L, bfloat16, one H200: batch after batch, host included. A graph of timm's serves one size and one batch",
+        "AIMv2-L, bfloat16, one H200: batch after batch, host included. timm's graph serves one size and batch",
         fontsize=9,
         loc="left",
     )

@@ -68,8 +68,8 @@ NOT_RUN = {
     ("README.md", "python PATH/convert_weights.py ..."): "is a form, not a command",
     (
         "docs/benchmarks.md",
-        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --best --mixes one_224 --peers timm "
-        "--growth",
+        "python benchmarks/throughput.py --device cuda --dtype bfloat16 --layers 24 --best --mixes one_224 --peers "
+        "timm --growth",
     ): GPU,
     (
         "docs/benchmarks.md",
