@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +216,7 @@ CHECKPOINTING_FILE = modeling_layers.__file__
 LIBRARY_CLASSES = {nn.Linear, nn.RMSNorm, nn.Embedding, nn.ModuleList}
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
 
 # With these Trainer and PEFT make the embeddings require gradients; they change no value.
 INPUTS_REQUIRE_GRAD = {
@@ -247,7 +246,6 @@ class ModelState:
         self.sizes = list(map(len, self.states))
         self.child_tables = [module._modules for module in modules if module._modules]
         self.children = list(map(dict, self.child_tables))
-        self.hooks = [state[name] for name in HOOKS for state in self.states]
         self.aligned = [module for module in self.below if "_hf_hook" in module.__dict__]
         self.calls = [(kind, kind.forward, kind.__call__) for kind in set(self.types)]
         tables = [module._parameters for module in modules if module._parameters]
@@ -259,8 +257,13 @@ class ModelState:
         self.device = weights[0].device if weights else torch.device("meta")
         self.dtype = weights[0].dtype if weights else None
         self.requires_grad = any(weight.requires_grad for weight in weights)
+        self.kinds = kinds_of(weights)
         self.checks = {torch.is_inference_mode_enabled(): check_of(weights)} if self.refusal is None else {}
         self.engines: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a model, or one from a file, has no record yet.
+        return type(None), ()
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters below the model as they are now, those of one name after those of another."""
@@ -274,7 +277,7 @@ class ModelState:
                 and list(map(type, self.below)) == self.types
                 and list(map(len, self.states)) == self.sizes
                 and all(kind.forward is forward and kind.__call__ is call for kind, forward, call in self.calls)
-                and (self.refusal is not None or self.weights_are_alike())
+                and (self.weights_are_alike() if self.refusal is None else kinds_of(self.weights()) == self.kinds)
             )
         except (AttributeError, KeyError):
             # A weight was deleted, or this torch has no such check.
@@ -283,9 +286,7 @@ class ModelState:
     def weights_are_alike(self) -> bool:
         """Whether type, dtype, device and `requires_grad` of each weight are as recorded, and none was added."""
         weights, mode = self.weights(), torch.is_inference_mode_enabled()
-        if self.device.type != "cpu" and any(
-            weight is not None for get, own in self.absent for weight in map(get, own)
-        ):
+        if any(list(map(get, tables)) != [None] * len(tables) for get, tables in self.absent):
             return False
         if mode in self.checks:
             return self.checks[mode].check(*weights)
@@ -321,21 +322,23 @@ class ModelState:
         return None
 
 
+def kinds_of(weights: Sequence[torch.Tensor]) -> list[tuple[type, torch.dtype, torch.device]]:
+    return [(type(weight), weight.dtype, weight.device) for weight in weights]
+
+
 def check_of(weights: Sequence[torch.Tensor]) -> Any:
     """What `torch.compile` guards tensors by: one pass in C, which holds none of them. Of any shape."""
     any_size = [[None] * weight.ndim for weight in weights]
     return torch._C._dynamo.guards.TensorGuards(*weights, dynamic_dims_sizes=any_size, dynamic_dims_strides=any_size)
 
 
-# Ends with the model; holds no reference to it.
-STATES: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
-
-
 def current_state(model: nn.Module) -> ModelState:
     """The record of the model's modules: the same object as long as nothing in it has changed."""
-    state = STATES.get(model)
-    if state is None or not state.is_current():
-        state = STATES[model] = ModelState(model)
+    # On the model, so that it ends with it whatever the hooks below refer to.
+    state = model.__dict__.get("_state")
+    # A replica of `nn.DataParallel` has the attributes of the model, but modules of its own.
+    if state is None or state.child_tables[0] is not model._modules or not state.is_current():
+        state = model.__dict__["_state"] = ModelState(model)
     return state
 
 
@@ -351,7 +354,8 @@ def is_idle_alignment(module: nn.Module) -> bool:
     """Whether accelerate has replaced the forward by one that only makes sure that the inputs are where they are."""
     state = module.__dict__
     hook, original = state.get("_hf_hook"), getattr(state.get("_old_forward"), "__func__", None)
-    if hook is None or original is not type(module).forward:
+    now = getattr(state.get("forward"), "func", None)
+    if hook is None or original is not type(module).forward or getattr(now, "__module__", None) != "accelerate.hooks":
         return False
     if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
         return False
@@ -376,10 +380,11 @@ def refusal_of_modules(model: nn.Module, hidden_states: torch.Tensor, state: Mod
     """Why no engine may run in place of these modules, or `None`."""
     if state.refusal is not None:
         return state.refusal
-    if any(state.hooks):
-        for module, hooks in zip((*state.below, *state.below), state.hooks, strict=True):
-            if not requires_grad_hooks_only(hooks.values()):
-                return f"a {type(module).__name__} has a forward hook"
+    for get in HOOKS:
+        if any(map(get, state.states)):
+            for kind, hooks in zip(state.types, map(get, state.states), strict=True):
+                if not requires_grad_hooks_only(hooks.values()):
+                    return f"a {kind.__name__} has a forward hook"
     if not all(map(is_idle_alignment, state.aligned)):
         return "accelerate moves weights or inputs"
     if state.device != hidden_states.device:

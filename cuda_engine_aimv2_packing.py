@@ -180,7 +180,7 @@ class Layer(NamedTuple):
 
 class Buffers(NamedTuple):
     """
-    Room for the activations of so many patches; what is needed at different times shares it.
+    Memory for the activations of so many patches; what is needed at different times shares it.
 
     Attributes:
         patches: In rows of a multiple of 16 bytes, which products want; what fills them up is zero.

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
 from .layout_aimv2_packing import kind_of
-from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel, refuse_random_weights
+from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
@@ -29,6 +29,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _no_split_modules: list[str] = []  # The parts name their own.
+    _newly_initialized = ()
     tower_class = Aimv2PackingModel
 
     def __init__(self, config: Aimv2PackingImageTextConfig):
@@ -50,19 +51,6 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
-        initial value is an error.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of this model, such as one of a vision tower alone.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=())
-        return (model, info) if output_loading_info else model
-
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
@@ -71,13 +59,13 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs
+        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(total_patches, num_channels * patch_size**2)`), grid_thw
                 (`torch.Tensor` of integers of shape `(num_images, 3)`): As for [`Aimv2PackingModel`].
-            kwargs: `output_hidden_states` and `return_dict`, as there.
+            kwargs: `layout`, `output_hidden_states` and all else that it takes.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is what the head gives,
@@ -155,7 +143,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
         Args:
             input_ids, attention_mask: As for [`~Aimv2PackingImageTextModel.get_text_features`].
             hidden_states, grid_thw: As for [`~Aimv2PackingImageTextModel.get_image_features`].
-            kwargs: `output_hidden_states`, of both parts, and `return_dict`.
+            kwargs: `output_hidden_states`, of both parts, and `return_dict`; what else the vision tower takes.
 
         Returns:
             [`~transformers.models.aimv2.modeling_aimv2.Aimv2Output`]: `image_embeds` of shape `(num_segments,

@@ -237,10 +237,15 @@ def resolve_layout(
     if layout is not None:
         if given:
             raise ValueError(f"`layout` says all that {', '.join(map(repr, given))} would: give one or the other.")
-        return validate_layout(layout, num_patches)
+        return validate_layout(layout, num_patches, config)
     validate_positions(given, num_patches)
     positions = {name: given[name] for name in POSITIONS if name in given}
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
+    if positions and not positions.keys() & needed:
+        raise ValueError(
+            f"`{next(iter(positions))}` is not read by a model with {'sin-cos' if config.is_native else 'learned'} "
+            f"positions: give {' and '.join(f'`{name}`' for name in sorted(needed))}."
+        )
     if "cu_seqlens" in given and positions.keys() >= needed:
         return PackedLayout(**segments_from(given, num_patches), **positions)
     layout = (whole_layout if torch.compiler.is_compiling() else packed_layout)(grid_thw, config, num_patches)
@@ -315,8 +320,9 @@ def mean_over_segments(features: torch.Tensor, cu_seqlens: torch.Tensor) -> torc
     of `features`.
     """
     lengths = cu_seqlens.diff().to(features.device, non_blocking=True)
-    # In float32: thousands of patches add up. Unsafe: the checks would wait for the device.
-    return torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True).to(features.dtype)
+    # In float32 at least: thousands of patches add up. Unsafe: the checks would wait for the device.
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.segment_reduce(wide, "mean", lengths=lengths, unsafe=True).to(features.dtype)
 
 
 def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
@@ -331,9 +337,9 @@ def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torc
         `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
 
     Raises:
-        ValueError: `grid_thw` does not describe as many patches as `features` holds.
+        ValueError: `grid_thw` is not as above, or does not describe as many patches as `features` holds.
     """
-    grids = grid_thw.tolist()
+    grids = validate_grid_thw(grid_thw)
     lengths = [t * h * w for t, h, w in grids]
     if sum(lengths) != len(features):
         raise ValueError(f"`grid_thw` describes {sum(lengths)} patches, but `features` holds {len(features)}.")
@@ -367,7 +373,7 @@ def kind_of(value: object) -> str:
 
 def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> None:
     """
-    Refuses by name what a forward would ignore; lets through what transformers, Trainer and PEFT pass to any model.
+    Refuses by name what a forward would ignore, but not what transformers, Trainer and PEFT pass to any model.
 
     Raises:
         ValueError: an argument of another model, or one that this model cannot serve.
@@ -440,10 +446,10 @@ def validate_grid_thw(grid_thw: Any, num_patches: int | None = None) -> tuple[tu
     return grids
 
 
-def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
+def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -> PackedLayout:
     """
     Raises:
-        ValueError: not a `PackedLayout`, or not of so many patches.
+        ValueError: not a `PackedLayout`, not of so many patches, or for a model with another `merge_temporal`.
     """
     if type(layout).__name__ == PackedLayout.__name__ and not isinstance(layout, PackedLayout):
         # transformers' loader makes a package of each file that it is asked for, so this file can be there twice.
@@ -464,6 +470,13 @@ def validate_layout(layout: Any, num_patches: int) -> PackedLayout:
             f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
             f"{kind_of(layout.cu_seqlens)}."
         )
+    if layout.frame_sizes is not None and layout.grids is not None:
+        expected = len(layout.grids) if config.merge_temporal else sum(frames for frames, _, _ in layout.grids)
+        if num_segments != expected:
+            raise ValueError(
+                "`layout` must be computed with the model's configuration: with "
+                f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
+            )
     validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
     validate_positions(layout.tensors(), num_patches)
     return layout
@@ -476,11 +489,15 @@ def validate_max_seqlen(max_seqlen: int, longest: int) -> None:
 
 def validate_positions(given: dict[str, Any], num_patches: int) -> None:
     for name, columns in (("position_ids", 2), ("interp_indices", 16), ("interp_weights", 16)):
-        value = given.get(name)
-        if value is not None and (not is_dense(value) or tuple(value.shape) != (num_patches, columns)):
+        value, real = given.get(name), name == "interp_weights"
+        if value is not None and (
+            not is_dense(value)
+            or tuple(value.shape) != (num_patches, columns)
+            or not (value.is_floating_point() if real else value.dtype in INTEGER_DTYPES)
+        ):
             raise ValueError(
-                f"`{name}` must be a tensor of shape ({num_patches}, {columns}), one row per patch, got "
-                f"{kind_of(value)}."
+                f"`{name}` must be a tensor of {'floating-point values' if real else 'integers'} of shape "
+                f"({num_patches}, {columns}), one row per patch, got {kind_of(value)}."
             )
 
 

@@ -12,17 +12,20 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, maybe_autocast
 
 from .configuration_aimv2_packing import Aimv2PackingConfig
 from .layout_aimv2_packing import (
@@ -115,7 +118,7 @@ def segment_attention(
     if in_several_calls(query, layout):
         outputs = [
             segment_attention(
-                module, query[segments if one_query else patches], key[patches], value[patches], part, one_query
+                module, query[segments if one_query else patches], key[patches], value[patches], part, one_query, maps
             )
             for segments, patches, part in split_by_segments(layout)
         ]
@@ -214,26 +217,24 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
 def may_draw_random_numbers(layer: nn.Module) -> bool:
     """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
     config = layer.config
-    if config.attention_dropout or not (
-        config._attn_implementation in ("sdpa", "eager") or is_flash_attention_requested(config)
-    ):
+    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(config._attn_implementation)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    if config.attention_dropout or not (interface is known or is_flash_attention_requested(config)):
+        return True
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     return not all(map(draws_nothing, layer.modules()))
 
 
 def draws_nothing(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if hooks and not all(map(is_of_torch_distributed, chain(hooks.values(), module._forward_pre_hooks.values()))):
-        return False
+    for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
+        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
+            return False
     if "forward" in module.__dict__:
         return False
     if type(module) in DROPOUTS:
         return not module.training or module.p == 0
     return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
-
-
-def is_of_torch_distributed(hook: Callable[..., Any]) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
 # Layers
@@ -293,7 +294,9 @@ class Aimv2PackingEmbeddings(nn.Module):
         matrix = table.new_zeros(indices[0].shape[0], table.shape[0])
         for index, weight in zip(indices, weights, strict=True):
             matrix = matrix.scatter_add(1, index, weight.to(table.dtype))
-        return matrix @ table
+        # Under autocast, too, as in the original.
+        with maybe_autocast(matrix.device.type, enabled=False):
+            return matrix @ table
 
 
 class Aimv2PackingAttention(nn.Module):
@@ -410,6 +413,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What `save_pretrained` registers, with the code that the class needs.
     _auto_class = "AutoModel"
+    # What a checkpoint may lack; anything, of a class of one's own.
+    _newly_initialized: tuple[str, ...] | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -417,31 +422,45 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
         if isinstance(module, Aimv2PackingAttentionPoolingHead):
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        newly_initialized: Sequence[str] = (),
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
+        initial value is an error, unless that weight was named.
 
-def refuse_random_weights(
-    cls: type, source: str | None, info: dict[str, Any], newly_initialized: Sequence[str]
-) -> None:
-    """
-    Raises:
-        ValueError: the checkpoint lacks weights of this model, or has them in another shape, and neither they nor a
-            module of theirs is in `newly_initialized`.
-    """
-    random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
-    missing = sorted(
-        name for name in random if not any(f"{name}.".startswith(f"{part}.") for part in newly_initialized)
-    )
-    if not missing:
-        return
-    advice = (
-        "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
-        if all(name.startswith("head.") for name in missing)
-        else f"Checkpoints in Apple's format and others are converted by: python convert_weights.py {source} OUTPUT_DIR"
-    )
-    raise ValueError(
-        f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
-        f"{len(missing)} weights, "
-        f"{missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. {advice}"
-    )
+        Args:
+            newly_initialized (sequence of `str`, *optional*): Modules or weights that may be missing, such as
+                `["head"]` to put a new head on a checkpoint without one. Of an image classifier, `"classifier"` always
+                may.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of this model, or has them in another shape.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        random = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+        named = tuple(f"{name}." for name in (*newly_initialized, *(cls._newly_initialized or ())))
+        missing = sorted(name for name in random if not f"{name}.".startswith(named))
+        if missing and cls._newly_initialized is not None:
+            source = pretrained_model_name_or_path
+            advice = (
+                "Everything else is there: give `newly_initialized=['head']` to start with random weights in it."
+                if all(name.startswith("head.") for name in missing)
+                else "Checkpoints in Apple's format and others are converted by: "
+                f"python convert_weights.py {source} OUTPUT_DIR"
+            )
+            raise ValueError(
+                f"{source or 'The state dict'} is no checkpoint of {cls.__name__} with this configuration: it lacks "
+                f"{len(missing)} weights, {missing[0]!r} first, and holds {len(info['unexpected_keys'])} others. "
+                f"{advice}"
+            )
+        return (model, info) if output_loading_info else model
 
 
 class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
@@ -459,6 +478,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     ```
     """
 
+    _newly_initialized = ()
+
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
         self.embeddings = Aimv2PackingEmbeddings(config)
@@ -469,30 +490,6 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             # Named only where there is one: accelerate's FSDP looks for every class that is named here.
             self._no_split_modules = [*self._no_split_modules, "Aimv2PackingAttentionPoolingHead"]
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        newly_initialized: Sequence[str] = (),
-        output_loading_info: bool = False,
-        **kwargs,
-    ):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but a checkpoint that leaves a weight at its random
-        initial value is an error, unless that weight was named.
-
-        Args:
-            newly_initialized (sequence of `str`, *optional*): Modules or weights that may be missing, such as
-                `["head"]` to put a new head on a checkpoint without one.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of this model, or has them in another shape.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized)
-        return (model, info) if output_loading_info else model
 
     def encode(
         self,
@@ -531,6 +528,10 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if layout.runs is None and not self._reads_cu_seqlens(hidden_states.device):
             if not is_traced():
                 return hidden_states, with_runs(layout, hidden_states.shape[0])
+            if kwargs.get("output_attentions") or self.config.output_attentions:
+                raise ValueError(
+                    "`output_attentions` needs the lengths of the segments, which a program for any mix does not know."
+                )
             if self.config._attn_implementation == "sdpa":
                 # Batched attention: a program for images of one size.
                 return hidden_states + zero_if_of_one_length(layout.cu_seqlens, hidden_states.shape[0]), layout
@@ -589,15 +590,19 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
         Raises:
             ValueError: there is no such block, or the arguments of `forward` do not agree.
+            TypeError: an argument is for the outputs of `forward`.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(-n, 0)) if isinstance(n, int) else list(n)
+        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else list(map(int, n))
         if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )
         if reshape and grid_thw is None:
             raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
+            if kwargs.get(name) is not None:
+                raise TypeError(f"`{name}` is not an argument of `get_intermediate_layers`.")
         depths = [block % num_blocks + 1 for block in blocks]
         hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
         rising = sorted(set(depths))
@@ -665,7 +670,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         count = len(self.encoder.layers) + 1
         if chosen is True:
             return list(range(count))
-        indices = [chosen] if isinstance(chosen, int) else chosen
+        indices = map(int, [chosen] if isinstance(chosen, int | Integral) else chosen)
         return sorted({index % count for index in indices if -count <= index < count})
 
 
@@ -677,24 +682,13 @@ class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
 
     tower_class = Aimv2PackingModel
     _auto_class = "AutoModelForImageClassification"
+    _newly_initialized = ("classifier",)
 
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__(config)
         self.vision_model = self.tower_class._from_config(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`]; of the weights only the classifier's may be random.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of the encoder, or has them in another shape.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_random_weights(cls, pretrained_model_name_or_path, info, newly_initialized=["classifier"])
-        return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(

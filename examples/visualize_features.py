@@ -86,21 +86,21 @@ def sheet_of(rows: list[tuple[str, list]], footer: str) -> PIL.Image.Image:
     sheet = PIL.Image.new("RGB", (3 * column_width + MARGIN, sum(heights) + 2 * (LINE + MARGIN)), "white")
     draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12)
 
-    def write(text: str, left: int, top: int, room: int, colour: str) -> None:
+    def write(text: str, left: int, top: int, width: int, colour: str) -> None:
         """Long texts lose their beginning: the end of a path is its name."""
-        if draw.textlength(text, font) > room:
-            while draw.textlength("..." + text, font) > room:
+        if draw.textlength(text, font) > width:
+            while draw.textlength("..." + text, font) > width:
                 text = text[1:]
             text = "..." + text
         draw.text((left, top), text, colour, font)
 
-    for place, heading in enumerate(HEADINGS):
-        write(heading, MARGIN + place * column_width, MARGIN, column_width - MARGIN, "black")
+    for column, heading in enumerate(HEADINGS):
+        write(heading, MARGIN + column * column_width, MARGIN, column_width - MARGIN, "black")
     top = LINE + MARGIN
     for (name, panels), height in zip(rows, heights, strict=True):
         write(name, MARGIN, top, sheet.width - 2 * MARGIN, "dimgray")
-        for place, panel in enumerate(panels):
-            sheet.paste(panel, (MARGIN + place * column_width, top + LINE))
+        for column, panel in enumerate(panels):
+            sheet.paste(panel, (MARGIN + column * column_width, top + LINE))
         top += height
     write(footer, MARGIN, top, sheet.width - 2 * MARGIN, "black")
     return sheet

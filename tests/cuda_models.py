@@ -90,7 +90,7 @@ def plain_features(packed, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def engine_of(packed):
-    engine = accelerated.STATES[packed].engines["cuda"]
+    engine = accelerated.current_state(packed).engines["cuda"]
     assert engine.graphs.failure is None
     return engine
 

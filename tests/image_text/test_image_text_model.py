@@ -21,6 +21,7 @@ from reference import (
     REPO,
     Aimv2PackingAcceleratedModel,
     pack,
+    packed_layout,
     packing_model,
     random_images,
     reference_model,
@@ -338,3 +339,11 @@ def test_parts_of_the_configuration_are_named_by_their_classes():
 def test_configuration_refuses_what_no_model_can_have(fields, named):
     with pytest.raises(Exception, match=named):
         Aimv2PackingImageTextConfig(**fields)
+
+
+def test_images_by_a_layout_alone():
+    model, inputs = image_text_model(reference_image_text_model()), pack(random_images(ODD_GRIDS))
+    layout = packed_layout(inputs["grid_thw"], model.config.vision_config)
+    with torch.inference_mode():
+        expected = model.get_image_features(**inputs).pooler_output
+        assert torch.equal(model.get_image_features(inputs["hidden_states"], layout=layout).pooler_output, expected)

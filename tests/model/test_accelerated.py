@@ -4,9 +4,12 @@
 
 import ast
 import copy
+import gc
+import io
 import json
 import logging
 import weakref
+from collections import OrderedDict
 from contextlib import suppress
 
 import pytest
@@ -484,16 +487,85 @@ def test_the_record_keeps_no_weight_and_no_model(packed, inputs):
     old = weakref.ref(projection.weight)
     projection.weight = nn.Parameter(projection.weight.detach().clone())
     assert old() is None
-    states = hub_module("accelerated").STATES
-    assert packed in states
-    whole = weakref.ref(packed.encoder.layers[0].ffn.up_proj.weight)
-    count = len(states)
+    state = hub_module("accelerated").current_state(packed)
     copied = copy.deepcopy(packed)
     copied(**inputs)
-    assert len(states) == count + 1
+    assert hub_module("accelerated").current_state(copied) is not state
+    assert hub_module("accelerated").current_state(packed) is state
+    theirs = weakref.ref(copied.encoder.layers[0].ffn.up_proj.weight)
     del copied
-    assert len(states) == count
-    assert whole() is not None
+    assert theirs() is None
+
+
+def test_a_model_ends_though_hooks_below_refer_to_it(packed, inputs):
+    def hooked_model() -> nn.Module:
+        model = copy.deepcopy(packed)
+        model.encoder.layers[0].register_forward_hook(lambda *_: model.train(False) and None)
+        assert "forward hook" in outcome(model, inputs)
+        return model
+
+    model = weakref.ref(hooked_model())
+    gc.collect()
+    assert model() is None
+
+
+def test_an_engine_runs_again_once_the_weights_are_as_they_were(packed, inputs):
+    expected = packed(**inputs).last_hidden_state
+    tensors = {name: weight.detach().clone() for name, weight in packed.named_parameters()}
+    torch.func.functional_call(packed, tensors, (), inputs)
+    assert packed.engine_refusal == "a weight is a Tensor"
+    assert outcome(packed, inputs) == "cpu"
+    packed.encoder.layers[0].rms_norm1.double()
+    assert outcome(packed, inputs) == "the weights are of several dtypes"
+    packed.encoder.layers[0].rms_norm1.float()
+    assert torch.equal(packed(**inputs).last_hidden_state, expected)
+    assert packed.last_engine == "cpu"
+
+
+def test_a_model_in_a_file_has_no_record(packed, inputs):
+    expected = packed(**inputs).last_hidden_state
+    saved = io.BytesIO()
+    torch.save(packed, saved)
+    loaded = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    assert torch.equal(loaded(**inputs).last_hidden_state, expected)
+    assert loaded.last_engine == "cpu"
+
+
+def test_hooks_count_in_a_table_of_hooks_that_was_replaced(packed, inputs):
+    """As people do who remove all hooks."""
+    packed(**inputs)
+    layer, calls = packed.encoder.layers[0], []
+    layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+    assert outcome(packed, inputs) == "cpu"
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    assert "forward hook" in outcome(packed, inputs)
+    hook = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    packed(**inputs)
+    assert len(calls) == 3
+    hook.remove()
+
+
+def test_a_forward_replaced_over_an_alignment_hook_is_called(packed, inputs):
+    accelerate = pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+    projection = packed.encoder.layers[0].ffn.down_proj
+    accelerate.hooks.add_hook_to_module(projection, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    assert outcome(packed, inputs) == "cpu"
+    calls = []
+    aligned = projection.forward
+    projection.forward = lambda hidden_states: calls.append(1) or aligned(hidden_states)
+    assert outcome(packed, inputs) != "cpu"
+    assert calls
+
+
+@torch.enable_grad()
+def test_a_bias_added_to_a_frozen_tower_is_trained(packed, inputs):
+    packed.requires_grad_(False)
+    assert outcome(packed, inputs) == "cpu"
+    projection = packed.encoder.layers[0].ffn.down_proj
+    projection.bias = nn.Parameter(torch.zeros(64))
+    packed(**inputs).last_hidden_state.sum().backward()
+    assert packed.engine_refusal == "gradients are enabled"
+    assert projection.bias.grad is not None
 
 
 def test_the_attention_function_of_transformers_can_be_replaced(packed, inputs, monkeypatch):

@@ -4,11 +4,13 @@
 
 import functools
 import importlib
+from contextlib import ExitStack
 
 import pytest
 import torch
 from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,6 +41,10 @@ def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, to
 
 def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
     return output + torch.randn_like(output)
+
+
+def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    return add_noise(module, arguments, output) if type(module) is nn.Linear else None
 
 
 def noisy_attention(module, query, *args, **kwargs):
@@ -122,6 +128,25 @@ def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_s
     # Once before a layer, and where there is something to put back, once more before that.
     assert len(states_saved) == (LAYERS * 2 if draws else 0)
     assert ours.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
+
+
+@pytest.mark.parametrize("what", ["a hook on all modules", "the attention called sdpa"])
+def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
+    if what == "the attention called sdpa":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", noisy_attention)
+    reference, inputs = reference_model(torch.float64, num_hidden_layers=LAYERS), pack(random_images(ODD_GRIDS))
+    expected, ours = {}, {}
+    for found, checkpointing in ((expected, False), (ours, True)):
+        model = packing_model(reference, plain=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with ExitStack() as stack:
+            if what == "a hook on all modules":
+                stack.callback(register_module_forward_hook(add_noise_to_linear).remove)
+            found.update(gradients(model, inputs))
+    assert len(states_saved) == LAYERS * 2
     for parameter, gradient in expected.items():
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
 

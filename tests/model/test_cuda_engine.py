@@ -161,10 +161,10 @@ def test_products_and_what_lies_between_them_are_the_models(monkeypatch, patch_l
     budget = engine.budget_of((own, 10, 143), True, (0, 1), True, same_bits=True)
     lengths = [*layout.lengths, budget.patches - own]
     with torch.inference_mode():
-        room = cuda_engine.Inputs(budget, engine.new_buffers(budget.patches), packed.config.is_native)
-        room.patches_given = inputs["hidden_states"]
-        room.load(inputs["hidden_states"], layout)
-        states, ours = engine.run(room)
+        graph_inputs = cuda_engine.Inputs(budget, engine.new_buffers(budget.patches), packed.config.is_native)
+        graph_inputs.patches_given = inputs["hidden_states"]
+        graph_inputs.load(inputs["hidden_states"], layout)
+        states, ours = engine.run(graph_inputs)
         expected = packed(**inputs, output_hidden_states=True)
     for state, theirs in zip((*states, ours), (*expected.hidden_states[:2], expected.last_hidden_state), strict=True):
         assert (state[:own] - theirs).abs().max() < 1e-5

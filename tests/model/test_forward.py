@@ -22,6 +22,9 @@ from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
+unpack_features = hub_module("layout").unpack_features
+
+
 @pytest.fixture(scope="module")
 def model():
     return packing_model(reference_model(use_head=True))
@@ -87,7 +90,16 @@ def layout_of_four(**changes):
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 3}, "`max_seqlen` must be at least the longest segment, 4"),
-        ({"position_ids": torch.zeros(4, 3)}, "`position_ids` must be a tensor of shape (4, 2)"),
+        (
+            {"position_ids": torch.zeros(4, 3, dtype=torch.int64)},
+            "`position_ids` must be a tensor of integers of shape (4, 2)",
+        ),
+        ({"position_ids": torch.zeros(4, 2)}, "`position_ids` must be a tensor of integers of shape (4, 2)"),
+        ({"interp_indices": torch.zeros(4, 16)}, "`interp_indices` must be a tensor of integers of shape (4, 16)"),
+        (
+            {"interp_weights": torch.zeros(4, 16, dtype=torch.int64)},
+            "`interp_weights` must be a tensor of floating-point values of shape (4, 16)",
+        ),
         ({"layout": packed_layout(torch.tensor([[1, 2, 3]]), Aimv2PackingConfig())}, "`layout` describes 6 patches"),
         ({"layout": {"cu_seqlens": torch.tensor([0, 4])}}, "`layout` must be a "),
         (
@@ -96,9 +108,15 @@ def layout_of_four(**changes):
         ),
         ({"layout": layout_of_four(cu_seqlens=torch.tensor([0, 2, 4]))}, "`layout.cu_seqlens` must be of shape (2,)"),
         ({"layout": layout_of_four(max_seqlen=3)}, "`max_seqlen` must be at least the longest segment, 4 patches"),
-        ({"layout": layout_of_four(position_ids=torch.zeros(5, 2))}, "`position_ids` must be a tensor of shape (4, 2)"),
+        (
+            {"layout": layout_of_four(position_ids=torch.zeros(5, 2, dtype=torch.int64))},
+            "`position_ids` must be a tensor of integers of shape (4, 2)",
+        ),
         ({"layout": layout_of_four(runs=None, cu_seqlens=torch.tensor([0, 3]))}, "`cu_seqlens` describes 3 patches"),
-        ({"interp_weights": torch.zeros(5, 16)}, "`interp_weights` must be a tensor of shape (4, 16)"),
+        (
+            {"interp_weights": torch.zeros(5, 16)},
+            "`interp_weights` must be a tensor of floating-point values of shape (4, 16)",
+        ),
     ],
 )
 def test_values_computed_ahead_must_describe_the_patches(model, given, message):
@@ -139,6 +157,50 @@ def test_attention_maps_are_those_of_the_original_image_by_image():
     for layer, maps in enumerate(ours):
         for image, weights in enumerate(maps):
             assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
+
+
+def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
+    with torch.inference_mode():
+        expected = packed(**inputs, output_attentions=True).attentions
+        monkeypatch.setattr(hub_module("layout"), "MAX_SEGMENTS_PER_CALL", 4)
+        monkeypatch.setattr(hub_module("modeling"), "in_several_calls", lambda _, layout: len(layout.lengths) > 4)
+        ours = packed(**inputs, output_attentions=True).attentions
+    for maps, theirs in zip(ours, expected, strict=True):
+        assert len(maps) == len(ODD_GRIDS)
+        for weights, other in zip(maps, theirs, strict=True):
+            assert (weights - other).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_attention_maps_of_a_program_for_any_mix_are_refused():
+    """It does not know how many segments there are."""
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+
+    class Maps(torch.nn.Module):
+        def forward(self, hidden_states, cu_seqlens, position_ids):
+            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "output_attentions": True}
+            return packed(hidden_states, **given).attentions[0]
+
+    values = (inputs["hidden_states"], layout.cu_seqlens, layout.position_ids)
+    with pytest.raises(ValueError, match="`output_attentions` needs the lengths of the segments"):
+        torch.jit.trace(Maps(), values)
+
+
+@pytest.mark.parametrize(("is_native", "name"), [(True, "interp_weights"), (False, "position_ids")])
+def test_positions_that_the_model_does_not_read_are_refused(is_native, name):
+    """Unless those that it reads are there, too: transformers' exporters give all."""
+    packed, inputs = packing_model(reference_model(is_native=is_native)), pack(random_images([(2, 2)]))
+    unread = {"interp_weights": torch.zeros(4, 16), "position_ids": torch.zeros(4, 2, dtype=torch.int64)}[name]
+    with pytest.raises(ValueError, match=f"`{name}` is not read by a model with .* positions"):
+        packed(**inputs, **{name: unread})
+    layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
+    read = {own: value for own, value in layout.tensors().items() if own.startswith(("position", "interp"))}
+    with torch.inference_mode():
+        assert torch.equal(packed(**inputs, **read, **{name: unread})[0], packed(**inputs)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
@@ -322,6 +384,45 @@ def test_intermediate_layers_are_those_of_the_original(plain):
         assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("merge_temporal", [True, False])
+def test_a_layout_for_another_configuration_is_refused(merge_temporal):
+    """Such as one of the repo's own, where the model was loaded with another value."""
+    packed = packing_model(reference_model(), merge_temporal=merge_temporal)
+    layout = packed_layout(torch.tensor([[2, 3, 3]]), Aimv2PackingConfig(merge_temporal=not merge_temporal))
+    with pytest.raises(ValueError, match=f"with `merge_temporal={merge_temporal}` there are . segments, got "):
+        packed(patches(18), layout=layout)
+
+
+@pytest.mark.parametrize("index", [np.int64(1), [np.int64(1)], torch.tensor([1])])
+def test_indices_may_be_numpys_or_torchs(model, index):
+    inputs = pack(random_images([(2, 2)]))
+    with torch.inference_mode():
+        states = model(**inputs, output_hidden_states=index).hidden_states
+        assert torch.equal(states[1], model(**inputs, output_hidden_states=True).hidden_states[1])
+        assert len(model.get_intermediate_layers(**inputs, n=index)) == 1
+
+
+@pytest.mark.parametrize("grid_thw", [[[1, 2, 2]], torch.ones(1, 2), torch.tensor([[1, -2, -2]])])
+def test_maps_of_bad_grids_are_refused(grid_thw):
+    with pytest.raises(ValueError, match="`grid_thw` must "):
+        unpack_features(torch.zeros(4, 8), grid_thw)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])
+def test_intermediate_layers_take_no_option_of_outputs(name):
+    packed = packing_model(reference_model(), attn="eager")
+    with pytest.raises(TypeError, match=f"`{name}` is not an argument of `get_intermediate_layers`"):
+        packed.get_intermediate_layers(**pack(random_images([(2, 2)])), **{name: True})
+
+
+def test_a_mean_in_float64_is_one_in_float64():
+    packed, inputs = packing_model(reference_model(torch.float64)), pack(random_images([(3, 5), (2, 2)]))
+    with torch.inference_mode():
+        outputs = packed.get_image_features(**inputs)
+    expected = torch.stack([part.mean(0) for part in outputs.last_hidden_state.split([15, 4])])
+    assert (outputs.pooler_output - expected).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_no_block_after_the_last_one_needed_runs(plain):
     packed = packing_model(reference_model(num_hidden_layers=4), plain=plain)
@@ -353,7 +454,7 @@ def test_hidden_states_can_be_chosen(model):
 
 @pytest.mark.parametrize("is_native", [True, False])
 def test_any_subset_of_the_patches_with_its_positions(is_native):
-    """Pruned patches: attention among those that are left, at the places where they were."""
+    """Pruned patches: attention among those that are left, at their own positions."""
     packed = packing_model(reference_model(is_native=is_native))
     inputs = pack(random_images([(4, 4), (3, 5)]))
     full = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)

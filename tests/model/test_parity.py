@@ -162,6 +162,8 @@ def test_learned_positions_are_interpolated_like_torch(grid):
     assert (ours - expected.repeat(2, 1)).abs().max() < 1e-5
     if grid == (4, 4):
         assert torch.equal(ours, learned.repeat(2, 1))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed.embeddings.learned_positions(layout), ours)
 
 
 def test_frames_of_a_video_are_encoded_like_images():

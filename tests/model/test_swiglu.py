@@ -53,7 +53,7 @@ SHAPES = {
     "less_than_a_tile": (3, 40, 24),
 }
 if DEVICE == "cuda":
-    # More tiles than the GPU has room for at once.
+    # More tiles than the GPU runs at once.
     SHAPES |= {"large": (4096, 1024, 2816), "large_remainders": (2111, 1048, 2824), "3B": (700, 3072, 8192)}
 
 
