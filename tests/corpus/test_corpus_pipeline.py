@@ -69,6 +69,8 @@ def test_a_buffer_is_filled_again_only_when_it_was_read(
     original = Encoder.__init__
     monkeypatch.setattr(Encoder, "__init__", init)
     monkeypatch.setattr(Encoder, "finish", late)
+    # Fewer than what is on its way.
+    monkeypatch.setattr(ring, "BUFFERS", 3)
     monkeypatch.setattr(in_process, "decoders", lambda device: 2)
     rows = extract(head_repo, source, tmp_path / "out", **BATCHES)
     assert rows.keys() == MANY.keys() and len(waiting) > 20
