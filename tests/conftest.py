@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 
@@ -18,6 +19,14 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import settings
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 
 # Far more cases, for a change of what is fuzzed: `pytest --hypothesis-profile thorough`.
@@ -88,6 +97,21 @@ def pytest_report_header() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+REGISTRIES = (
+    *(CONFIG_MAPPING, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, MODEL_MAPPING),
+    *(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING),
+)
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers with transformers' `Auto` classes, which prefer it to a repo's own code, ends with it."""
+    before = [dict(registry._extra_content) for registry in REGISTRIES]
+    yield
+    for registry, content in zip(REGISTRIES, before, strict=True):
+        registry._extra_content = content
 
 
 @pytest.fixture(autouse=True)

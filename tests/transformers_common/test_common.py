@@ -26,13 +26,11 @@ Aimv2PackingImageTextConfig = Aimv2PackingImageTextModel.config_class
 NO_ATTENTION_MAPS = "it asks for the attention maps, and those of segments of unequal length make no tensor"
 PREMISES_OF_VISION = {
     "test_attention_outputs": NO_ATTENTION_MAPS,
-    "test_get_image_features_attentions": NO_ATTENTION_MAPS,
     "test_model_get_set_embeddings": "its embeddings are a table of tokens; here they are made from patches",
 }
 NESTED_OUTPUTS = "it reads hidden states in the output itself; as in `Aimv2Model`, they are in the outputs of the parts"
 PREMISES_OF_IMAGE_TEXT = {
     "test_attention_outputs": NO_ATTENTION_MAPS,
-    "test_get_image_features_attentions": NO_ATTENTION_MAPS,
     "test_hidden_states_output": NESTED_OUTPUTS,
     "test_retain_grad_hidden_states_attentions": NESTED_OUTPUTS,
 }
