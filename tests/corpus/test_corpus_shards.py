@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from corpora import IMAGES, archive_of, encoded_image, extract, rows_of, write_images
+from corpora import IMAGES, archive_of, command, encoded_image, extract, rows_of, start, write_images
 from test_corpus_faults import KilledError, Killer
+from test_corpus_killed import wait_for_a_file
 
 import extract_features
 from corpus.options import Options
@@ -157,6 +158,47 @@ def test_shards_that_die_and_one_that_is_lost(head_repo: Path, tmp_path: Path, m
     run_shard(head_repo, source, output, 2, count, **options)
     assert all_rows(output, count).keys() == images.keys()
     assert "4 complete" in status_lines(str(output))[0]
+
+
+def test_a_shard_on_ray_is_that_in_process(head_repo: Path, tmp_path: Path) -> None:
+    """Killed on Ray, resumed on Ray, with texts that go along."""
+    pytest.importorskip("ray", reason="needs requirements-scale.txt")
+    archives = {}
+    for number in range(6):
+        images = {f"{index}.png": encoded_image(40, 60 + index, 50 * number + index) for index in range(50)}
+        texts = {f"{index}.txt": f"{number} {index}".encode() for index in range(0, 50, 2)}
+        members = sorted({**images, **texts, "bad.png": b"no image"}.items())
+        archives[f"{number}.tar"] = archive_of(members)
+    source, output = write_images(tmp_path / "in", archives), tmp_path / "out"
+    # The larger one.
+    index = max(range(2), key=lambda index: sum(shard_of(name, 2) == index for name in archives))
+    run_shard(head_repo, source, tmp_path / "alone", index, 2, keep=("txt",))
+    expected = rows_of(tmp_path / "alone" / name_of(index, 2))
+
+    shard = output / name_of(index, 2)
+    options = ("--num-shards", 2, "--shard-index", index, "--num-workers", 1, "--keep", "txt", "--rows-per-file", 8)
+    arguments = command(head_repo, source, output, *options)
+    killed = start(*arguments)
+    wait_for_a_file(shard, killed)
+    killed.kill()
+    killed.wait()
+    before = rows_of(shard)
+    assert 0 < len(before) < len(expected)
+    assert status_lines(str(output))[1 + index].startswith(f"shard={index}-of-2  begun  {len(before)} rows, ")
+
+    printed, _ = (resumed := start(*arguments)).communicate(timeout=300)
+    assert resumed.returncode == 0, printed
+    assert f"{len(before):,} were done before" in printed
+    rows = rows_of(shard)
+    assert rows.keys() == expected.keys()
+    for id_, row in rows.items():
+        for name in ("error", "error_detail", "grid_thw", "txt"):
+            assert row[name] == expected[id_][name]
+        if row["error"] is None:
+            np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=1e-5)
+    line = status_lines(str(output))[1 + index]
+    errors = sum(row["error"] is not None for row in rows.values())
+    assert line == f"shard={index}-of-2  complete  {len(rows)} rows, {errors} errors" and errors >= 3
 
 
 def test_readers_take_all_shards_as_one(head_repo: Path, tmp_path: Path) -> None:
