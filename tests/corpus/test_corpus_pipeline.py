@@ -109,6 +109,11 @@ def test_workers_end_with_the_command(head_repo: Path, tmp_path: Path, end: sign
         assert run.stdout is not None and run.stdout.readline() == "batch\n"
     workers = psutil.Process(run.pid).children(recursive=True)
     assert len(workers) >= 2
+    for process in (run.pid, *(worker.pid for worker in workers)):
+        maps = Path(f"/proc/{process}/maps").read_text().splitlines()
+        opened = [os.path.realpath(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+        # What has no name is gone with the last process that holds it, however that ends.
+        assert not [name for name in maps + opened if "/dev/shm/" in name and not name.endswith(" (deleted)")]
     run.send_signal(end)
     run.wait(timeout=30)
     _, alive = psutil.wait_procs(workers, timeout=30)
