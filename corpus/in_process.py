@@ -18,7 +18,6 @@ from corpus.options import Options
 from corpus.output import counts_of
 from corpus.readers import FILES_AT_ONCE, read
 from corpus.ring import START_METHOD, Filled, Ring
-from corpus.rows import IdSet
 from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer, packed
@@ -58,7 +57,7 @@ def decoders(device: str) -> int:
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: Container[str], options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from conversion.local_code import CODE_FOLDER, local_class
 from corpus.inputs import Part
 from corpus.interrupts import Interrupts
 from corpus.options import Options
-from corpus.rows import PATCH_SCHEMA, IdSet, Image, table_of
+from corpus.rows import PATCH_SCHEMA, Image, table_of
 from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
@@ -152,7 +152,7 @@ def started(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Options) -> ray.data.Dataset:
+def encoded(job: Job, kind: str, parts: list[Part], done: Container[str], options: Options) -> ray.data.Dataset:
     """
     The stages as a dataset of rows of the output.
 
@@ -231,7 +231,7 @@ class Feed(threading.Thread):
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: Container[str], options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.

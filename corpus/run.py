@@ -23,7 +23,7 @@ from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
 from corpus.rows import OUR_COLUMNS
 from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
-from corpus.shards import keep_shard, mark_complete, output_of, unmark
+from corpus.shards import keep_shard, mark_complete, output_of, passed_over, unmark
 from corpus.sink import Sink
 from corpus.stages import check_pooling
 from corpus.tables import add_rows
@@ -80,8 +80,9 @@ def run(options: Options) -> None:
             is_complete = False
             if is_shard:
                 unmark(output)
+            passed = passed_over(corpus, done.ids, options.num_shards, options.shard_index)
             try:
-                engine.encode(job, corpus.kind, parts, done.ids, options, sink, interrupts)
+                engine.encode(job, corpus.kind, parts, passed, options, sink, interrupts)
                 is_complete = not sink.is_full()
             finally:
                 progress.close()

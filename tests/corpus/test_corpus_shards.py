@@ -73,6 +73,58 @@ def run_shard(repo: Path, source: Path, output: Path, index: int, count: int, **
     run(Options(str(repo), [str(source)], str(output), num_shards=count, shard_index=index, **options))
 
 
+@pytest.mark.parametrize("id_column", [None, "key"])
+def test_the_rows_of_a_manifest_are_divided(head_repo: Path, tmp_path: Path, id_column: str | None) -> None:
+    """With columns that are kept. Beside it is a Parquet file, which is of one shard."""
+    write_images(tmp_path / "in/images")
+    manifest, table, output = tmp_path / "in/list.csv", tmp_path / "in/x.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"image": list(IMAGES), "key": [f"p{index}" for index in range(5)]}), table)
+    write_images(tmp_path / "in")
+    count, options = 3, {"id_column": id_column, "keep": ("key",), "max_patches": 64, "patches_per_batch": 256}
+    columns = ("error", "grid_thw", "key")
+
+    def write(keys: list[str]) -> None:
+        lines = [f"images/{sum(map(ord, key)) % 5}.png,{key}" for key in keys[:-1]] + [f"gone.png,{keys[-1]}"]
+        manifest.write_text("\n".join(["image,key", *lines, ""]))
+
+    def run_shards() -> list[dict[str, dict]]:
+        for index in range(count):
+            run(
+                Options(
+                    str(head_repo),
+                    [str(manifest), str(table)],
+                    str(output),
+                    num_shards=count,
+                    shard_index=index,
+                    **options,
+                )
+            )
+        return [rows_of(output / name_of(index, count)) for index in range(count)]
+
+    keys = [f"{index:04}" for index in range(60)]
+    write(keys)
+    expected = extract(head_repo, [manifest, table], tmp_path / "whole", **options)
+    assert len(expected) == 65
+    before = run_shards()
+    rows = all_rows(output, count)
+    assert rows.keys() == expected.keys()
+    assert all(rows[id_][name] == expected[id_][name] for id_ in rows for name in columns)
+    in_parquet = {f"p{index}" for index in range(5)}
+    shares = [sum(row["key"] not in in_parquet for row in shard.values()) for shard in before]
+    assert sum(shares) == 60 and min(shares) > 10
+    assert sum(any(row["key"] in in_parquet for row in shard.values()) for shard in before) == 1
+    assert run_shards() == before
+    assert status_lines(str(output))[0].endswith("3 complete, 0 begun, 0 missing.")
+
+    # Rows that are new, of which those before have the ids that they had.
+    write([*keys, "0060", "0061"] if id_column is None else ["0061", "0060", *keys])
+    after = run_shards()
+    assert all_rows(output, count).keys() == expected.keys() | (
+        {"list.csv#60", "list.csv#61"} if id_column is None else {"0060", "0061"}
+    )
+    assert all(old.items() <= new.items() for old, new in zip(before, after, strict=True))
+
+
 def test_the_shard_of_a_name_never_changes() -> None:
     assert [shard_of(name, 16) for name in ("a.png", "b/c.tar", "é.parquet")] == [6, 1, 13]
     counts = np.bincount([shard_of(f"{number}.png", 16) for number in range(16_000)], minlength=16)
