@@ -60,9 +60,9 @@ def make_corpus(folder: Path, count: int, side: int = 0) -> None:
     photographs = [Image.open(file).convert("RGB") for file in sorted((REPO / "examples/photographs").glob("*.jpg"))]
     folder.mkdir()
 
-    def save(index: int, box: list[int] | None, size: list[int]) -> None:
+    def save(index: int, box: tuple[int, ...] | None, size: tuple[int, ...]) -> None:
         photograph = photographs[index % len(photographs)]
-        picture = photograph.crop(box) if box else photograph.resize(size, Image.Resampling.BICUBIC)
+        picture = photograph.resize(size, Image.Resampling.BICUBIC, box)  # type: ignore[arg-type]
         picture.save(folder / f"{index:06}.jpg", quality=90)
 
     with ThreadPoolExecutor() as pool:
@@ -70,13 +70,14 @@ def make_corpus(folder: Path, count: int, side: int = 0) -> None:
         for index in range(count):
             photograph, box = photographs[index % len(photographs)], None
             if side:
-                size = [int(side * share) for share in generator.uniform(0.85, 1.05, 2)]
+                size = tuple(int(side * share) for share in generator.uniform(0.85, 1.05, 2))
             else:
-                size = [int(generator.integers(150, min(500, length))) for length in photograph.size]
-                corner = [
+                size = tuple(int(generator.integers(150, min(500, length))) for length in photograph.size)
+                left, top = (
                     int(generator.integers(length - part)) for length, part in zip(photograph.size, size, strict=True)
-                ]
-                box = [*corner, *(start + part for start, part in zip(corner, size, strict=True))]
+                )
+                # Of this size already: cut out.
+                box = (left, top, left + size[0], top + size[1])
             saved.append(pool.submit(save, index, box, size))
         for each in saved:
             each.result()
@@ -215,15 +216,14 @@ class Watch:
 
 def middle_rate(runs: list[list[tuple[float, int]]]) -> float:
     """Patches per second of some runs together, while each is between a fifth and nine tenths of its patches."""
-    begin, end = 0.0, float("inf")
-    for samples in runs:
-        times, patches = zip(*samples, strict=True)
-        first, last = np.interp([patches[-1] / 5, patches[-1] * 0.9], patches, times)
-        begin, end = max(begin, first), min(end, last)
+    arrays = [np.array(samples).T for samples in runs]
+    # Of (2, number of batches) each: times, and patches by then.
+    begin = max(np.interp(patches[-1] * 0.2, patches, times) for times, patches in arrays)
+    end = min(np.interp(patches[-1] * 0.9, patches, times) for times, patches in arrays)
     if end <= begin:
         return float("nan")
-    between = [np.diff(np.interp([begin, end], *zip(*samples, strict=True)))[0] for samples in runs]
-    return float(sum(between) / (end - begin))
+    between = [np.diff(np.interp([begin, end], times, patches)) for times, patches in arrays]
+    return float(np.sum(between) / (end - begin))
 
 
 add_to_progress, encode, table_of, finish = Progress.add, Encoder.encode, Encoder.table_of, Encoder.finish

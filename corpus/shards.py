@@ -154,6 +154,25 @@ def unmark(output: Output) -> None:
         output.fs.rm_file(f"{output.path}/{COMPLETE}")
 
 
+def marker_of(output: Output) -> object:
+    """What the marker says, or None where there is none that can be read."""
+    try:
+        return json.loads(output.content_of(COMPLETE))
+    # What is nested too deep ends in RecursionError.
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def state_of(output: Output) -> tuple[str, str]:
+    """Complete where the rows are those that the marker tells of, else begun; and what is there."""
+    try:
+        rows, errors = rows_and_errors(output)
+    except ValueError as error:
+        return "begun", str(error)
+    is_complete = marker_of(output) == {"rows": rows, "errors": errors}
+    return "complete" if is_complete else "begun", f"{rows:,} rows, {errors:,} errors"
+
+
 def status_lines(location: str) -> list[str]:
     """
     Which shards of an output are complete, begun or missing, and the rows and errors of each.
@@ -177,8 +196,8 @@ def status_lines(location: str) -> list[str]:
             lines.append(f"{name}  missing")
             continue
         output = Output(f"{location.rstrip('/')}/{name}")
-        states.append("complete" if output.fs.exists(f"{output.path}/{COMPLETE}") else "begun")
-        rows, errors = rows_and_errors(output)
-        lines.append(f"{name}  {states[-1]}  {rows:,} rows, {errors:,} errors")
+        state, found = state_of(output)
+        states.append(state)
+        lines.append(f"{name}  {state}  {found}")
     summary = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "begun", "missing"))
     return [f"{count} shards of {whole.shown}: {summary}.", *lines]

@@ -3,6 +3,7 @@
 """A corpus divided among jobs: every id once, whatever dies, and one output for readers."""
 
 import itertools
+import json
 import random
 import shutil
 import sys
@@ -69,8 +70,9 @@ def test_shards_are_what_one_run_is(head_repo: Path, tmp_path: Path, kind: str) 
     assert len(skipped) == (kind == "image") and all(text.startswith("notes.txt\t") for text in skipped)
 
 
-def run_shard(repo: Path, source: Path, output: Path, index: int, count: int, **options) -> None:
-    run(Options(str(repo), [str(source)], str(output), num_shards=count, shard_index=index, **options))
+def run_shard(repo: Path, source: Path | list[Path], output: Path, index: int, count: int, **options) -> None:
+    sources = source if isinstance(source, list) else [source]
+    run(Options(str(repo), [*map(str, sources)], str(output), num_shards=count, shard_index=index, **options))
 
 
 @pytest.mark.parametrize("id_column", [None, "key"])
@@ -80,8 +82,8 @@ def test_the_rows_of_a_manifest_are_divided(head_repo: Path, tmp_path: Path, id_
     manifest, table, output = tmp_path / "in/list.csv", tmp_path / "in/x.parquet", tmp_path / "out"
     pq.write_table(pa.table({"image": list(IMAGES), "key": [f"p{index}" for index in range(5)]}), table)
     write_images(tmp_path / "in")
-    count, options = 3, {"id_column": id_column, "keep": ("key",), "max_patches": 64, "patches_per_batch": 256}
-    columns = ("error", "grid_thw", "key")
+    options: dict = {"id_column": id_column, "keep": ("key",), "max_patches": 64, "patches_per_batch": 256}
+    count, columns = 3, ("error", "grid_thw", "key")
 
     def write(keys: list[str]) -> None:
         lines = [f"images/{sum(map(ord, key)) % 5}.png,{key}" for key in keys[:-1]] + [f"gone.png,{keys[-1]}"]
@@ -89,16 +91,7 @@ def test_the_rows_of_a_manifest_are_divided(head_repo: Path, tmp_path: Path, id_
 
     def run_shards() -> list[dict[str, dict]]:
         for index in range(count):
-            run(
-                Options(
-                    str(head_repo),
-                    [str(manifest), str(table)],
-                    str(output),
-                    num_shards=count,
-                    shard_index=index,
-                    **options,
-                )
-            )
+            run_shard(head_repo, [manifest, table], output, index, count, **options)
         return [rows_of(output / name_of(index, count)) for index in range(count)]
 
     keys = [f"{index:04}" for index in range(60)]
@@ -185,6 +178,36 @@ def test_status_of_the_command(head_repo: Path, tmp_path: Path, monkeypatch, cap
     # What is new is to be done.
     run_shard(head_repo, source, output, biggest, 3)
     assert status_lines(str(output))[0].endswith("2 complete, 0 begun, 1 missing.")
+
+
+def test_a_marker_that_its_rows_do_not_bear_out(head_repo: Path, tmp_path: Path) -> None:
+    """Cut short, of another content, or of files that were lost or damaged since; the other shard is told of still."""
+    source, output = write_input(tmp_path / "in", "image"), tmp_path / "out"
+    options = {"rows_per_file": 1, "patches_per_batch": 256, "max_patches": 256}
+    for index in range(2):
+        run_shard(head_repo, source, output, index, 2, **options)
+    index = max(range(2), key=lambda index: len(rows_of(output / name_of(index, 2))))
+    shard, other = output / name_of(index, 2), status_lines(str(output))[2 - index]
+    marker, whole = shard / ".complete", (shard / ".complete").read_bytes()
+    for content in (b"", whole[:-3], b"[]", b"\xff", b"[" * 100_000, json.dumps({"rows": 1, "errors": 0}).encode()):
+        marker.write_bytes(content)
+        lines = status_lines(str(output))
+        assert lines[0].endswith("1 complete, 1 begun, 0 missing.") and lines[2 - index] == other
+        assert lines[1 + index].startswith(f"shard={index}-of-2  begun  ")
+        run_shard(head_repo, source, output, index, 2, **options)
+        assert marker.read_bytes() == whole and status_lines(str(output))[0].endswith("2 complete, 0 begun, 0 missing.")
+    file = min(shard.glob("*.parquet"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    lines = status_lines(str(output))
+    assert lines[0].endswith("1 complete, 1 begun, 0 missing.") and lines[2 - index] == other
+    assert lines[1 + index].startswith(f"shard={index}-of-2  begun  {file.name} of `--output` {shard} cannot be read")
+    assert lines[1 + index].endswith("delete it to redo its rows.")
+    file.unlink()
+    assert status_lines(str(output))[0].endswith("1 complete, 1 begun, 0 missing.")
+    run_shard(head_repo, source, output, index, 2, **options)
+    assert status_lines(str(output))[0].endswith("2 complete, 0 begun, 0 missing.")
+    assert all_rows(output, 2).keys() == {*IMAGES, "bad.png"}
 
 
 def test_shards_that_die_and_one_that_is_lost(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
