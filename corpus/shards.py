@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 from corpus.inputs import Corpus, is_manifest
 from corpus.output import SETTINGS, Output
@@ -15,6 +16,9 @@ from corpus.rows import IdSet
 
 # Of a shard, once all of its images have rows.
 COMPLETE = ".complete"
+
+# For what others were made with: on an object store each takes a while, and all are begun alike.
+SHARDS_LOOKED_AT = 16
 
 
 def name_of(index: int, count: int) -> str:
@@ -130,6 +134,15 @@ def passed_over(corpus: Corpus, done: IdSet, count: int | None, index: int | Non
     if count is None or index is None or not manifests:
         return done
     return Others(done, corpus.ids, manifests, count, index)
+
+
+def recorded_shard(location: str) -> tuple[Output, dict[str, Any]] | None:
+    """The first of some shards that has rows, with what they were made with."""
+    for name in sorted(shards_in(Output(location)))[:SHARDS_LOOKED_AT]:
+        shard = Output(f"{location.rstrip('/')}/{name}")
+        if shard.files() and (record := shard.record()) is not None:
+            return shard, record
+    return None
 
 
 def rows_and_errors(output: Output) -> tuple[int, int]:

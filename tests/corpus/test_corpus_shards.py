@@ -152,6 +152,24 @@ def test_other_divisions_are_refused(head_repo: Path, tmp_path: Path, monkeypatc
         status_lines(str(tmp_path / "whole"))
 
 
+def test_shards_are_made_alike(head_repo: Path, tmp_path: Path) -> None:
+    """A shard without rows binds none, as an output without rows takes any settings."""
+    source, output, count = write_images(tmp_path / "in", {"a.png": IMAGES["0.png"]}), tmp_path / "out", 3
+    full = shard_of("a.png", count)
+    run_shard(head_repo, source, output, (full + 1) % count, count, pooling="mean")
+    run_shard(head_repo, source, output, full, count)
+    other = (full + 2) % count
+    for options, found in (
+        ({"pooling": "mean"}, "pooling is 'mean', was 'head'"),
+        ({"embedding_dtype": "float16"}, "embedding_dtype is 'float16', was 'float32'"),
+    ):
+        with pytest.raises(ValueError, match=rf"/shard={full}-of-3 was begun with .*: {found}"):
+            run_shard(head_repo, source, output, other, count, **options)
+        assert "1 missing" in status_lines(str(output))[0]
+    run_shard(head_repo, source, output, other, count)
+    assert "3 complete" in status_lines(str(output))[0]
+
+
 def test_an_output_below_the_input_holds_no_input(head_repo: Path, tmp_path: Path) -> None:
     source = write_images(tmp_path / "in")
     for index in (0, 1, 0):
