@@ -22,7 +22,7 @@ import ray.data
 import torch
 
 from conversion.local_code import CODE_FOLDER, local_class
-from corpus.inputs import Part
+from corpus.inputs import Part, table_of_parts
 from corpus.interrupts import Interrupts
 from corpus.options import Options
 from corpus.rows import PATCH_SCHEMA, Image, table_of
@@ -170,10 +170,7 @@ def encoded(job: Job, kind: str, parts: list[Part], done: Container[str], option
     preparers = max(1, int((cpus - num_workers * encoder["num_cpus"] - 2 * share) / share))
 
     per_block = max(1, min(FILES_PER_BLOCK, len(parts) // (4 * num_workers))) if kind == "image" else 1
-    blocks = [
-        pa.Table.from_pylist([{**part._asdict(), "path": os.fsencode(part.path)} for part in parts[i : i + per_block]])
-        for i in range(0, len(parts), per_block)
-    ]
+    blocks = [table_of_parts(parts[i : i + per_block]) for i in range(0, len(parts), per_block)]
     device, threads = ("cuda" if gpus else "cpu"), max(1, cpus // num_workers)
     whole = {"batch_size": None, "batch_format": "pyarrow"}
     return (
