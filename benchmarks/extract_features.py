@@ -294,13 +294,14 @@ def against_one_shard(folder: Path, arguments: argparse.Namespace) -> list[dict]
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             processes.append(stack.enter_context(process))
-            process.submit(os.getpid).result()
+            process.submit(os.getpid)
         for side in arguments.sides:
             corpus = folder / f"corpus{side}"
             patches = make_linked_corpus(corpus, model, side, arguments.images, arguments.shards)
             for repetition in range(arguments.repetitions):
                 rates = {}
-                for name, some in (("alone", processes[:1]), ("together", processes)):
+                # All warm up at once.
+                for name, some in (("together", processes), ("alone", processes[:1])):
                     output = folder / f"{name}{side}-{repetition}"
                     runs = [
                         process.submit(run_shard, model, corpus, output, index, arguments)
