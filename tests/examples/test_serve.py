@@ -70,7 +70,7 @@ class Recorded:
 
     def __init__(self, encoder):
         self.encoder, self.batches = encoder, []
-        self.tokens, self.prepare = encoder.tokens, encoder.prepare
+        self.tokens, self.prepare, self.count_tokens = encoder.tokens, encoder.prepare, encoder.count_tokens
         self.may_go_on = threading.Event()
         self.may_go_on.set()
 
