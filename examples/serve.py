@@ -108,7 +108,8 @@ def image_of(url: str) -> bytes:
         raise ValueError("`image_url` must be a data URI in base64: no URL is fetched.")
     try:
         # Clients break lines, and some use the alphabet for URLs.
-        return base64.b64decode(data.translate(str.maketrans("-_", "+/", " \t\r\n")), validate=True)
+        characters = data.encode().translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n")
+        return base64.b64decode(characters, validate=True)
     except ValueError as error:
         raise ValueError(f"`image_url` is not in base64: {error}.") from error
 
