@@ -119,6 +119,8 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
     limits = limits or Limits()
     batcher, busy = Batcher(encoder, limits.patches_per_forward, limits.wait_seconds), 0
 
+    writing = ThreadPoolExecutor(1)  # an answer waits for no image that is decoded
+
     def prepared(body: bytes) -> tuple[list[Sample], list[int], int, bool]:
         """The samples, patches of each, patches or tokens in all, and whether base64 is wanted."""
         wanted = Wanted.model_validate_json(body)
@@ -156,7 +158,7 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
             message = described(error) if isinstance(error, ValidationError) else str(error)
             raise HTTPException(400, message) from error
         vectors = await asyncio.gather(*map(batcher.vector, samples, patches))
-        return await asyncio.to_thread(written, vectors, used, in_base64)
+        return await asyncio.get_running_loop().run_in_executor(writing, written, vectors, used, in_base64)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import importlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -133,6 +134,33 @@ def test_who_has_left_takes_no_part_of_the_budget(serve, native_encoder):
             assert read_answer(connection)[0] == 200
             connection.close()
     assert [len(batch) for batch in recorded.batches] == [1, 3]
+
+
+def test_an_answer_waits_for_no_image_that_is_decoded(serve, native_encoder):
+    recorded, decoded = Recorded(native_encoder), threading.Event()
+    body = json.dumps(image_request(jpeg(0))).encode()
+
+    def waiting(*arguments):
+        assert decoded.wait(60)
+        return native_encoder.prepare(*arguments)
+
+    with serving(serve.create_app(recorded, "aimv2")) as port:
+        recorded.may_go_on.clear()
+        connections = [connect(port) for _ in range(1 + (os.cpu_count() or 1))]
+        connections[0].sendall(head(len(body)) + body)
+        wait_for(lambda: len(recorded.batches) == 1)
+        recorded.prepare = waiting
+        for connection in connections[1:]:
+            connection.sendall(head(len(body)) + body)
+        wait_for(lambda: health(port)["requests"] == len(connections))
+        recorded.may_go_on.set()
+        try:
+            assert read_answer(connections[0])[0] == 200
+        finally:
+            decoded.set()
+        for connection in connections[1:]:
+            assert read_answer(connection)[0] == 200
+            connection.close()
 
 
 def test_a_stop_answers_every_request_that_has_arrived(serve, native_encoder):
