@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 # pass (TGA), and rare ones. JPEG includes MPO; HEIF (HEIC) is read where pillow-heif is installed.
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 
+# Of AVIF and HEIF, whose suffixes PIL knows only where it reads them.
+OPTIONAL_SUFFIXES = {".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
+
 # More than the largest sensors have, 151 million, and less than PIL refuses by itself.
 MAX_IMAGE_PIXELS = 160_000_000
 
@@ -80,10 +83,11 @@ def image_formats() -> list[str]:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Of the files that PIL writes in these formats, such as `".jpg"`, in lower case."""
+    """Of files in `IMAGE_FORMATS`, read by this PIL or not, such as `".jpg"`, in lower case."""
     # MPO is read as a kind of JPEG.
     formats = {*image_formats(), "MPO"}
-    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats)
+    registered = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats}
+    return frozenset(registered | OPTIONAL_SUFFIXES)
 
 
 @cache

@@ -67,8 +67,8 @@ class Aimv2PackingTransformer(Transformer):
         """
         Args:
             inputs (sequence): All images or all texts. A `Path` and `{"image": ...}` are images. A string is an image
-                where it is an existing file with the suffix of a format that the image processor reads, or what
-                Sentence Transformers takes for the URL of an image; else it is a text.
+                where it is an existing file with the suffix of one of the image processor's formats, or what Sentence
+                Transformers takes for the URL of an image; else it is a text.
             args, kwargs: As for [`~sentence_transformers.base.modules.transformer.Transformer`].
 
         Returns:
@@ -77,6 +77,7 @@ class Aimv2PackingTransformer(Transformer):
 
         Raises:
             FileNotFoundError: a path is no file.
+            OSError: a file holds no image of a format that this PIL reads.
             ValueError: images and texts in one batch, or several images in one input.
         """
         features = super().preprocess([self._image_named(sample) for sample in inputs], *args, **kwargs)

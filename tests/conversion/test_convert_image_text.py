@@ -13,7 +13,10 @@ from image_text_checkpoints import TEXTS, clip_tokenizer, reference_image_text_m
 from PIL import Image
 from reference import REPO, pack, random_images
 from safetensors.torch import load_file
-from transformers import Aimv2Model, Aimv2VisionModel, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import Aimv2Model, Aimv2VisionModel, AutoModel, AutoProcessor
+
+# transformers 5.15 without torchvision exports only a placeholder under the top-level name.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from conversion import features
 from convert_weights import main, parse_arguments, run

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from reference import REPO, reference_model
-from transformers import AutoImageProcessor
 
 # transformers 5.15 without torchvision exports only a placeholder under the top-level name.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -46,6 +46,8 @@ def saved(folder: Path, suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_path_of_an_image_is_the_image(image_text, tmp_path, suffix):
+    if PIL.Image.registered_extensions().get(suffix.lower()) not in PIL.Image.SAVE:
+        pytest.skip(f"this PIL does not write {suffix}")
     path = saved(tmp_path, suffix)
     with PIL.Image.open(path) as image:
         expected = image_text.encode(image)
@@ -80,6 +82,24 @@ def test_a_file_that_is_no_image_is_an_error(image_text, tmp_path):
     path.write_text("a cat")
     for sample in (str(path), path, {"image": path}):
         with pytest.raises(OSError, match=r"notes\.png.* holds no image"):
+            image_text.encode(sample)
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".AVIF", ".avifs", ".heic", ".HEIC", ".heics", ".heif", ".heifs", ".hif"])
+def test_a_file_of_a_format_that_this_pil_does_not_read_is_an_error(image_text, tmp_path, monkeypatch, suffix):
+    """Pillow before 11.3 knows no AVIF, and none knows HEIF without pillow-heif."""
+    PIL.Image.init()
+    read = {name: opener for name, opener in PIL.Image.OPEN.items() if name not in ("AVIF", "HEIF")}
+    monkeypatch.setattr(PIL.Image, "OPEN", read)
+    extensions = {ending: name for ending, name in PIL.Image.EXTENSION.items() if name in read}
+    monkeypatch.setattr(PIL.Image, "EXTENSION", extensions)
+    monkeypatch.setattr(
+        image_text[0], "image_suffixes", image_text.processor.image_processor.image_suffixes.__wrapped__()
+    )
+    path = tmp_path / f"a cat{suffix}"
+    path.write_bytes(b"\0\0\0\x18ftyp" + suffix.lower()[1:5].encode() + bytes(16))
+    for sample in (str(path), path, {"image": str(path)}):
+        with pytest.raises(OSError, match=rf"a cat\{suffix}.* holds no image of the formats BMP"):
             image_text.encode(sample)
 
 

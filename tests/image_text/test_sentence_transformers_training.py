@@ -135,6 +135,7 @@ def dataset(columns: list, labels: list | None) -> Dataset:
 
 def trained(model: SentenceTransformer, loss: torch.nn.Module, data: Dataset, folder, **arguments) -> set[str]:
     """Trains `model` for a step and returns the names of the weights that it changed."""
+    pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     defaults = {
         "per_device_train_batch_size": 4,
