@@ -150,7 +150,7 @@ def test_shuffled_batches_are_full_and_new_each_epoch():
     first = list(batches)
     filled = sorted(sum(lengths[index] for index in batch) for batch in first)
     assert len(first) <= -(-sum(lengths) // 2000) + 1 and filled[1] > 1900
-    assert list(batches) == first == list(sampler(lengths, 2000, shuffle=True))
+    assert list(batches) == first == list(sampler(lengths, 2000, shuffle=True, seed=0))
     batches.set_epoch(1)
     assert list(batches) != first and list(sampler(lengths, 2000, shuffle=True, seed=5)) != first
 
@@ -176,6 +176,7 @@ def test_replicas_share_the_batches_evenly(drop_last):
     [
         ({"max_patches_per_batch": 9}, "got 10 for image 1"),
         ({"max_patches_per_batch": 99, "rank": 1}, "rank"),
+        ({"max_patches_per_batch": 99, "rank": -1, "num_replicas": 2}, "rank"),
         ({"max_patches_per_batch": 99, "num_replicas": 0}, "num_replicas"),
     ],
 )

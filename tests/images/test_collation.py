@@ -156,13 +156,15 @@ def test_several_images_in_an_example_and_none(processor):
     assert empty["hidden_states"].dtype == torch.float32 and empty["grid_thw"].dtype == torch.int64
     assert empty["num_images_per_sample"].tolist() == [0, 0]
     assert "num_images_per_sample" not in processor.collate([{"image": picture(14, 14)}])
+    nothing = processor.collate([])
+    assert nothing["hidden_states"].shape == (0, 588) and nothing["grid_thw"].shape == (0, 3) and len(nothing) == 2
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([{"image": None, "a": 1}, {"image": None}], "same columns"),
-        ([{"image": None}, {"image": None, "a": 1}], "same columns"),
+        ([{"image": None, "a": 1}, {"image": None}], r"same columns, got \['a', 'image'\] and \['image'\]"),
+        ([{"image": None}, {"image": None, "a": 1}], r"same columns, got \['image'\] and \['a', 'image'\]"),
         ([{"image": None, "num_images_per_sample": 1}], "num_images_per_sample"),
         ([{"image": noise(14, 14, 3)}, noise(14, 14, 3)], "both"),
         ([{"image": noise(14, 14, 3), "input_ids": torch.ones(n)} for n in (2, 3)], "input_ids.*tokenizer"),
@@ -200,6 +202,7 @@ def test_one_call_gives_a_sampler_and_what_collates_its_batches(processor):
     data = [{"image": picture(*size), "index": index} for index, size in enumerate(sizes)]
     for options in ({"max_patches": 20}, {"image_size": 28}, {"do_resize": False}, None):
         sampler, collate_fn = processor.packing(sizes, 100, options, shuffle=True, seed=3)
+        assert list(sampler) == list(processor.batch_sampler(sizes, 100, options, shuffle=True, seed=3))
         seen = []
         for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate_fn):
             expected = processor(

@@ -132,6 +132,10 @@ def test_unknown_arguments_are_refused_by_name(model):
         model(**inputs, ouput_hidden_states=True)
     with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
         model(pixel_values=torch.zeros(1, 3, 28, 28))
+    with pytest.raises(TypeError, match="`image_grid_thw` is not .*`forward`. Its name here is `grid_thw`.$"):
+        model(**inputs, image_grid_thw=inputs["grid_thw"])
+    with pytest.raises(TypeError, match="`image_sizes` is not an argument of `forward`.$"):
+        model(**inputs, image_sizes=[(28, 28)])
     passed = {
         "input_ids": None,
         "attention_mask": None,
@@ -433,6 +437,17 @@ def test_no_block_after_the_last_one_needed_runs(plain):
             torch.nn.init.constant_(layer.ffn.down_proj.weight, torch.nan)
         assert torch.equal(packed.get_intermediate_layers(**inputs, n=[1])[0], expected)
         assert packed(**inputs).last_hidden_state.isnan().any()
+
+
+def test_blocks_that_are_not_needed_are_not_called():
+    packed, inputs = packing_model(reference_model(num_hidden_layers=4), plain=True), pack(random_images([(2, 2)]))
+    called = []
+    for index, layer in enumerate(packed.encoder.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: called.append(index))
+    for n, needed in (([1], [0, 1]), ([-3, 0], [0, 1]), (1, [0, 1, 2, 3])):
+        called.clear()
+        packed.get_intermediate_layers(**inputs, n=n)
+        assert called == needed
 
 
 @pytest.mark.parametrize("n", [0, 3, [2], [-3], [0, 5]])
