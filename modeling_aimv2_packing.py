@@ -416,6 +416,11 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     # What a checkpoint may lack; anything, of a class of one's own.
     _newly_initialized: tuple[str, ...] | None = None
 
+    @property
+    def merge_temporal(self) -> bool:
+        """Whether the frames of a clip attend to each other; transformers' exporters ask for it under this name."""
+        return getattr(self.config, "vision_config", self.config).merge_temporal
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

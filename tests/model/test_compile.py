@@ -3,10 +3,13 @@
 """`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
+from packaging.version import Version
 from reference import (
     ODD_GRIDS,
     hub_module,
@@ -293,6 +296,23 @@ def test_the_model_runs_in_onnxruntime(name, tmp_path):
         results = session.run(None, {key: value.numpy() for key, value in given.items() if key in used})
         for ours, theirs in zip(results, expected, strict=True):
             assert (torch.from_numpy(ours) - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="its exporters are of transformers 5.23"
+)
+@pytest.mark.parametrize("config", [{}, {"is_native": False}, {"merge_temporal": True}])
+def test_what_transformers_exporters_compute_is_what_the_model_computes(config):
+    exporters = importlib.import_module("transformers.exporters.utils")
+    reference = reference_model(use_head=True, is_native=config.get("is_native", True))
+    packed = packing_model(reference, **{name: value for name, value in config.items() if name != "is_native"})
+    grid_thw = torch.tensor([[2, 3, 4], [1, 5, 5], [2, 1, 7]])
+    inputs = {"hidden_states": torch.randn(int(grid_thw.prod(1).sum()), 588), "grid_thw": grid_thw}
+    _, prepared, _ = exporters.prepare_for_export(packed, dict(inputs))
+    assert "cu_seqlens" in prepared
+    with torch.no_grad():
+        for ours, expected in zip(packed(**prepared).to_tuple(), packed(**inputs).to_tuple(), strict=True):
+            assert (ours - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
