@@ -235,6 +235,40 @@ def test_examples_of_several_images_and_none_are_sampled(processor, shuffle):
     assert sorted(index for batch in nothing for index in batch) == list(range(3000))
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [(14.0, 28.0), (14, 2.5), np.array([14.0, 28.0]), (14,), (14, 28, 3), 14, "ab", ("14", "28"), None,
+     [(14, 28), (14,)], [(14, 28), (14, 28.5)], [[(14, 28)]]],
+)  # fmt: skip
+def test_sizes_that_are_none_are_refused(entry):
+    processor = load("pil", min_patches=1)
+    with pytest.raises(ValueError, match=r"`image_sizes` must hold a pair of integers.* for example 1\."):
+        processor.batch_sampler([(14, 14), entry], 100)
+
+
+def test_sizes_of_any_kind_of_integers():
+    processor = load("pil", min_patches=1)
+    one = [(14, 28), [14, 28], np.array([14, 28], np.uint16), torch.tensor([14, 28]), torch.Size([14, 28])]
+    several = [
+        ((14, 28), (28, 28)),
+        np.array([[14, 28], [28, 28]]),
+        torch.tensor([[14, 28], [28, 28]]),
+        [one[2], (28, 28)],
+    ]
+    sampler = processor.batch_sampler([*one, *several, [], np.zeros((0, 2), int)], 100)
+    assert sampler.num_patches == [2] * len(one) + [6] * len(several) + [0, 0]
+
+
+def test_an_image_may_be_a_path_also_in_a_dictionary(processor, tmp_path):
+    picture(28, 42).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    expected = processor(path, return_tensors="pt")
+    for examples in ([path], [{"image": path}], [{"image": [path]}]):
+        batch = processor.collate(examples)
+        assert torch.equal(batch["hidden_states"], expected["hidden_states"])
+        assert ("num_images_per_sample" in batch) is (examples == [{"image": [path]}])
+
+
 # Streams
 
 

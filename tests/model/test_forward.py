@@ -132,9 +132,9 @@ def test_unknown_arguments_are_refused_by_name(model):
         model(**inputs, ouput_hidden_states=True)
     with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
         model(pixel_values=torch.zeros(1, 3, 28, 28))
-    with pytest.raises(TypeError, match="`image_grid_thw` is not .*`forward`. Its name here is `grid_thw`.$"):
+    with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`\.$"):
         model(**inputs, image_grid_thw=inputs["grid_thw"])
-    with pytest.raises(TypeError, match="`image_sizes` is not an argument of `forward`.$"):
+    with pytest.raises(TypeError, match=r"`image_sizes` is not an argument of `forward`\.$"):
         model(**inputs, image_sizes=[(28, 28)])
     passed = {
         "input_ids": None,
