@@ -313,7 +313,9 @@ def collated(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
         from transformers.data.data_collator import DataCollatorForSeq2Seq
 
         values = [{name: torch.as_tensor(row[name]).tolist() for name in texts} for row in rows]
-        batch.update(DataCollatorForSeq2Seq(tokenizer)(values))
+        padded_texts = DataCollatorForSeq2Seq(tokenizer)(values)
+        # Where no text is a label, it gives `labels` as `None`.
+        batch.update({name: value for name, value in padded_texts.items() if value is not None})
     return {name: batch[name] for name in [*columns, *batch] if name in batch}
 
 

@@ -197,6 +197,18 @@ def test_texts_are_padded_by_the_tokenizer(processor, as_tensor):
         assert len(batch["grid_thw"]) == 3 and "image" not in batch
 
 
+def test_labels_that_are_numbers_are_no_texts(processor):
+    tokenizer = clip_tokenizer()
+    examples = [
+        {"image": picture(14, 28), "labels": index, "input_ids": tokenizer(text)["input_ids"]}
+        for index, text in enumerate(("a cat", "a photo of a dog"))
+    ]
+    batch = processor.collate(examples, tokenizer=tokenizer)
+    assert torch.equal(batch["labels"], torch.tensor([0, 1]))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert torch.equal(batch["input_ids"][1], torch.tensor(examples[1]["input_ids"]))
+
+
 def test_one_call_gives_a_sampler_and_what_collates_its_batches(processor):
     sizes = [(14 * (1 + index % 7), 14 * (1 + index % 11)) for index in range(60)]
     data = [{"image": picture(*size), "index": index} for index, size in enumerate(sizes)]

@@ -43,6 +43,11 @@ def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torc
     return output + torch.randn_like(output)
 
 
+# As of a function that was made by `exec`.
+add_noise_from_nowhere = functools.partial(add_noise)
+add_noise_from_nowhere.__module__ = None
+
+
 def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
     return add_noise(module, arguments, output) if type(module) is nn.Linear else None
 
@@ -101,6 +106,11 @@ CASES = {
     "a module of one's own": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", NoisySiLU())), True),
     "a module of torch that draws": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", nn.RReLU())), True),
     "a hook": ({}, every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise)), True),
+    "a hook of no module": (
+        {},
+        every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise_from_nowhere)),
+        True,
+    ),
     "a forward of one's own": ({}, every_layer(patch_forward), True),
     "attention of one's own": ({}, lambda model: model.set_attn_implementation("noisy") or model, True),
 }

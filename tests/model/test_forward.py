@@ -305,6 +305,25 @@ def test_layout_by_hand():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("merge_temporal", [True, False])
+def test_the_layout_of_no_images(merge_temporal):
+    config = Aimv2PackingConfig(is_native=True, merge_temporal=merge_temporal)
+    layout = with_positions(packed_layout(torch.zeros(0, 3, dtype=torch.int64), config, 0), config)
+    assert (layout.runs, layout.lengths, layout.grids, layout.max_seqlen, layout.num_positions) == ((), (), (), 0, 0)
+    assert layout.cu_seqlens.tolist() == [0]
+    assert layout.frame_sizes.shape == layout.position_ids.T.shape == (2, 0)
+
+
+def test_hidden_states_are_asked_for_by_the_configuration_too():
+    packed, inputs = packing_model(reference_model()), pack(random_images([(2, 2)]))
+    with torch.inference_mode():
+        for asked, count in ((None, None), (False, None), (True, 3)):
+            packed.config.output_hidden_states = asked
+            states = packed(**inputs).hidden_states
+            assert (states if states is None else len(states)) == count
+            assert packed(**inputs, output_hidden_states=False).hidden_states is None
+
+
 def test_outputs_as_in_transformers(model):
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
