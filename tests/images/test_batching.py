@@ -64,9 +64,12 @@ def test_videos_of_every_form(processor):
     for videos in ([frames, pictures], [torch.from_numpy(video), video.transpose(0, 3, 1, 2)], np.stack([video] * 2)):
         inputs = processor.preprocess_videos(videos, return_tensors="pt")
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-    for one in (video, frames, pictures, [video]):
+    for one in (video, frames, tuple(frames), pictures, [video]):
         inputs = processor.preprocess_videos(one, return_tensors="np")
         assert np.array_equal(inputs["grid_thw"], expected["grid_thw"][:1])
+    for of_one_frame in (frames[:1], tuple(frames[:1])):
+        inputs = processor.preprocess_videos(of_one_frame, return_tensors="np")
+        assert inputs["grid_thw"].tolist() == [[1, *expected["grid_thw"][0, 1:].tolist()]]
 
 
 def test_a_video_file(processor, tmp_path):
