@@ -156,6 +156,7 @@ def test_several_images_in_an_example_and_none(processor):
     assert empty["hidden_states"].dtype == torch.float32 and empty["grid_thw"].dtype == torch.int64
     assert empty["num_images_per_sample"].tolist() == [0, 0]
     assert "num_images_per_sample" not in processor.collate([{"image": picture(14, 14)}])
+    assert processor.collate([{"image": noise(2, 28, 28, 3)}])["num_images_per_sample"].tolist() == [2]
     nothing = processor.collate([])
     assert nothing["hidden_states"].shape == (0, 588) and nothing["grid_thw"].shape == (0, 3) and len(nothing) == 2
 

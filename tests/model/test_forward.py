@@ -362,10 +362,13 @@ def test_a_model_without_a_head_gives_the_mean_over_the_patches(merge_temporal):
     with torch.inference_mode():
         outputs = model.get_image_features(hidden_states, grid_thw)
         as_tuple = model.get_image_features(hidden_states, grid_thw, return_dict=False)
+        states = model.get_image_features(hidden_states, grid_thw, output_hidden_states=[1]).hidden_states
     lengths = [12, 12, 1] if merge_temporal else [12, 6, 6, 1]
     expected = torch.stack([part.mean(dim=0) for part in outputs.last_hidden_state.split(lengths)])
     torch.testing.assert_close(outputs.pooler_output, expected)
     assert torch.equal(as_tuple[1], outputs.pooler_output)
+    with torch.inference_mode():
+        assert torch.equal(states[1], model(hidden_states, grid_thw, output_hidden_states=True).hidden_states[1])
 
 
 def test_a_model_with_a_head_gives_what_the_head_gives(model):
