@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of patches, merged patches, and batches of examples with texts, several images or none."""
 
+from collections import UserList
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -276,10 +278,10 @@ def test_an_image_may_be_a_path_also_in_a_dictionary(processor, tmp_path):
     picture(28, 42).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     expected = processor(path, return_tensors="pt")
-    for examples in ([path], [{"image": path}], [{"image": [path]}]):
+    for examples in ([path], [{"image": path}], [{"image": [path]}], [{"image": UserList([path])}]):
         batch = processor.collate(examples)
         assert torch.equal(batch["hidden_states"], expected["hidden_states"])
-        assert ("num_images_per_sample" in batch) is (examples == [{"image": [path]}])
+        assert ("num_images_per_sample" in batch) is (examples not in ([path], [{"image": path}]))
 
 
 # Streams

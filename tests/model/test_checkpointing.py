@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,6 +50,10 @@ add_noise_from_nowhere.__module__ = None
 
 def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
     return add_noise(module, arguments, output) if type(module) is nn.Linear else None
+
+
+def add_noise_before_linear(module: nn.Module, arguments: tuple) -> torch.Tensor | None:
+    return add_noise(module, (), arguments[0]) if type(module) is nn.Linear else None
 
 
 def noisy_attention(module, query, *args, **kwargs):
@@ -142,7 +146,7 @@ def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_s
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
 
 
-@pytest.mark.parametrize("what", ["a hook on all modules", "the attention called sdpa"])
+@pytest.mark.parametrize("what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa"])
 def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
     if what == "the attention called sdpa":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", noisy_attention)
@@ -155,6 +159,8 @@ def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
         with ExitStack() as stack:
             if what == "a hook on all modules":
                 stack.callback(register_module_forward_hook(add_noise_to_linear).remove)
+            if what == "a hook before all modules":
+                stack.callback(register_module_forward_pre_hook(add_noise_before_linear).remove)
             found.update(gradients(model, inputs))
     assert len(states_saved) == LAYERS * 2
     for parameter, gradient in expected.items():

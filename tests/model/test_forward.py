@@ -76,9 +76,13 @@ def test_too_many_patches_to_count_are_refused():
         packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
 
 
+def layout_of(grids, **changes):
+    return dataclasses.replace(packed_layout(torch.tensor(grids), Aimv2PackingConfig()), **changes)
+
+
 def layout_of_four(**changes):
     """Of one image of four patches, with changes."""
-    return dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), Aimv2PackingConfig()), **changes)
+    return layout_of([[1, 2, 2]], **changes)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,14 @@ def layout_of_four(**changes):
         ),
         ({"layout": layout_of_four(cu_seqlens=torch.tensor([0, 2, 4]))}, "`layout.cu_seqlens` must be of shape (2,)"),
         ({"layout": layout_of_four(max_seqlen=3)}, "`max_seqlen` must be at least the longest segment, 4 patches"),
+        (
+            {"layout": layout_of([[1, 1, 1], [1, 1, 3]], max_seqlen=2)},
+            "`max_seqlen` must be at least the longest segment, 3 patches",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 1, 4]), "max_seqlen": 2},
+            "`max_seqlen` must be at least the longest segment, 3 patches",
+        ),
         (
             {"layout": layout_of_four(position_ids=torch.zeros(5, 2, dtype=torch.int64))},
             "`position_ids` must be a tensor of integers of shape (4, 2)",
