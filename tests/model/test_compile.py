@@ -21,6 +21,8 @@ from reference import (
     reference_model,
     with_positions,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +135,22 @@ def test_the_model_exports_for_any_number_of_images_of_one_size(name):
             expected = packed(given["hidden_states"], given["grid_thw"])
             for ours, theirs in zip(exported(*given.values()), expected.to_tuple(), strict=True):
                 assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_a_program_for_one_size_takes_no_memory_with_the_square_of_a_batch():
+    packed = packing_model(reference_model(use_head=True))
+    exported, given = export_values(packed, one_size(packed, 3)).module(), one_size(packed, 60)
+    sizes = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(value.numel() for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+            return result
+
+    with torch.no_grad(), Allocations():
+        exported(*given.values())
+    assert max(sizes) < len(given["hidden_states"]) ** 2
 
 
 def export_values(packed, given: dict[str, torch.Tensor]):
@@ -274,6 +292,18 @@ def test_the_whole_model_compiles_at_most_twice_where_a_varlen_kernel_is(monkeyp
             ours, expected = compiled(**inputs).last_hidden_state, packed(**inputs).last_hidden_state
             assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     assert with_layers == [7 * packed.config.num_hidden_layers + 1] * 2
+
+
+def test_values_computed_before_compile_into_one_graph_where_a_varlen_kernel_is(monkeypatch):
+    packed = packing_model(reference_model(), plain=True)
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(modeling, "varlen_attention", lambda q, k, v, cu_q, cu_k, max_q, max_k: q + k * cu_q[-1] + v)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    given = values_of(packed, MIXED)
+    with torch.no_grad():
+        ours, expected = compiled(**given).last_hidden_state, packed(**given).last_hidden_state
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
