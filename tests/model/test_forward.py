@@ -495,7 +495,7 @@ def test_hidden_states_can_be_chosen(model):
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
         whole = model(**inputs, output_hidden_states=True).hidden_states
-        for chosen, kept in ((-2, [1]), ([0, 2], [0, 2]), ([1, 7], [1])):
+        for chosen, kept in ((-2, [1]), ([0, 2], [0, 2]), ([1, 7], [1]), ([1, 3, -4], [1]), (-3, [0])):
             states = model(**inputs, output_hidden_states=chosen).hidden_states
             assert [index for index, state in enumerate(states) if state is not None] == kept
             assert all(torch.equal(states[index], whole[index]) for index in kept)
