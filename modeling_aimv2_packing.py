@@ -419,7 +419,8 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     @property
     def merge_temporal(self) -> bool:
         """Whether the frames of a clip attend to each other; transformers' exporters ask for it under this name."""
-        return getattr(self.config, "vision_config", self.config).merge_temporal
+        config: Any = getattr(self.config, "vision_config", self.config)
+        return config.merge_temporal
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -244,7 +244,9 @@ def test_everything_is_on_the_disk_before_it_has_its_name(head_repo: Path, tmp_p
     """What a power cut leaves under the name of a file is that file: rows, rows done again, record and hashes."""
     monkeypatch.setattr(corpus_settings.constants, "HF_HOME", str(tmp_path / "home"))
     source, output = write_images(tmp_path / "in", {"a.png": GOOD, "b.png": BAD, "c.png": GOOD}), tmp_path / "out"
-    forced, published, names_forced = set(), [], 0
+    forced: set[int] = set()
+    published: list[Path] = []
+    names_forced = 0
 
     def fsync(descriptor: int, real=os.fsync) -> None:
         nonlocal names_forced

@@ -154,6 +154,8 @@ def test_shuffled_batches_are_full_and_new_each_epoch():
     filled = sorted(sum(lengths[index] for index in batch) for batch in first)
     assert len(first) <= -(-sum(lengths) // 2000) + 1 and filled[1] > 1900
     assert list(batches) == first == list(sampler(lengths, 2000, shuffle=True, seed=0))
+    batches.set_epoch(0)
+    assert list(batches) == first
     batches.set_epoch(1)
     assert list(batches) != first and list(sampler(lengths, 2000, shuffle=True, seed=5)) != first
 

@@ -159,6 +159,10 @@ def test_several_images_in_an_example_and_none(processor):
     assert empty["num_images_per_sample"].tolist() == [0, 0]
     assert "num_images_per_sample" not in processor.collate([{"image": picture(14, 14)}])
     assert processor.collate([{"image": noise(2, 28, 28, 3)}])["num_images_per_sample"].tolist() == [2]
+    some = processor.collate([{"image": None}, {"image": picture(14, 14)}])
+    assert some["num_images_per_sample"].tolist() == [0, 1]
+    pair = UserList([picture(14, 14), picture(28, 14)])
+    assert processor.collate([{"image": pair}])["num_images_per_sample"].tolist() == [2]
     nothing = processor.collate([])
     assert nothing["hidden_states"].shape == (0, 588) and nothing["grid_thw"].shape == (0, 3) and len(nothing) == 2
 
@@ -278,7 +282,7 @@ def test_an_image_may_be_a_path_also_in_a_dictionary(processor, tmp_path):
     picture(28, 42).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     expected = processor(path, return_tensors="pt")
-    for examples in ([path], [{"image": path}], [{"image": [path]}], [{"image": UserList([path])}]):
+    for examples in ([path], [{"image": path}], [{"image": [path]}]):
         batch = processor.collate(examples)
         assert torch.equal(batch["hidden_states"], expected["hidden_states"])
         assert ("num_images_per_sample" in batch) is (examples not in ([path], [{"image": path}]))

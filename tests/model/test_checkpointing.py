@@ -45,7 +45,7 @@ def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torc
 
 # As of a function that was made by `exec`.
 add_noise_from_nowhere = functools.partial(add_noise)
-add_noise_from_nowhere.__module__ = None
+setattr(add_noise_from_nowhere, "__module__", None)  # noqa: B010
 
 
 def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:

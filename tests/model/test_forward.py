@@ -40,6 +40,7 @@ def patches(count: int, width: int = 588, dtype: torch.dtype = torch.float32) ->
         (patches(4)[None], torch.tensor([[1, 2, 2]]), ["hidden_states", "(1, 4, 588)", "588"]),
         (patches(4, 587), torch.tensor([[1, 2, 2]]), ["hidden_states", "(4, 587)", "588"]),
         (patches(4, dtype=torch.uint8), torch.tensor([[1, 2, 2]]), ["hidden_states", "uint8"]),
+        (torch.empty(4, 588, dtype=torch.float4_e2m1fn_x2), torch.tensor([[1, 2, 2]]), ["hidden_states", "float4"]),
         ([[0.0] * 588] * 4, torch.tensor([[1, 2, 2]]), ["hidden_states", "list"]),
         (patches(4), torch.tensor([[1.0, 2.0, 2.0]]), ["grid_thw", "float32"]),
         (patches(4), torch.tensor([[True, True, True]]), ["grid_thw", "bool"]),
@@ -90,6 +91,7 @@ def layout_of_four(**changes):
     [
         ({"cu_seqlens": [0, 4]}, "`cu_seqlens` must be a tensor of integers"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "`cu_seqlens` must be a tensor of integers of shape (num_"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "`cu_seqlens` describes 3 patches, but `hidden_states` holds 4"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
@@ -324,6 +326,13 @@ def test_the_layout_of_no_images(merge_temporal):
     assert (layout.runs, layout.lengths, layout.grids, layout.max_seqlen, layout.num_positions) == ((), (), (), 0, 0)
     assert layout.cu_seqlens.tolist() == [0]
     assert layout.frame_sizes.shape == layout.position_ids.T.shape == (2, 0)
+
+
+def test_segments_of_no_patches_are_a_valid_batch(model):
+    given = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "position_ids": torch.zeros(0, 2, dtype=torch.int64)}
+    with torch.inference_mode():
+        outputs = model(patches(0), **given)
+    assert outputs.last_hidden_state.shape == outputs.pooler_output.shape == (0, 64)
 
 
 def test_hidden_states_are_asked_for_by_the_configuration_too():
