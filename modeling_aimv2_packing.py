@@ -348,7 +348,6 @@ class Aimv2PackingEncoder(nn.Module):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
         self.layers = nn.ModuleList([Aimv2PackingEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
 
     def forward(
         self,
