@@ -163,10 +163,11 @@ def segment_attention(
     keys_per_run = [segments * length for segments, length in runs]
     queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
     outputs = []
-    for (segments, _), *states in zip(
+    # Not `segments`: early CPython 3.13 crashes when a tracer reads a closure's name in a comprehension (gh-128396).
+    for (count, _), *states in zip(
         runs, query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True
     ):
-        queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
+        queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
         output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         outputs.append(output.flatten(0, 1))
         if maps is not None:
