@@ -10,6 +10,7 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from numbers import Integral
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -160,12 +163,15 @@ def segment_attention(
         return attention_interface(module, query, key, value, attention_mask=mask[None, None], **shared)[0].squeeze(0)
 
     runs = runs or ((num_segments, key.shape[0] // num_segments),)
-    keys_per_run = [segments * length for segments, length in runs]
-    queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
+    states_of_runs = [(query, key, value)]
+    if len(runs) > 1:
+        keys_per_run = [segments * length for segments, length in runs]
+        queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
+        states_of_runs = list(
+            zip(query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True)
+        )
     outputs = []
-    for (segments, _), *states in zip(
-        runs, query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True
-    ):
+    for (segments, _), states in zip(runs, states_of_runs, strict=True):
         queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
         output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         outputs.append(output.flatten(0, 1))
@@ -207,11 +213,92 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
             or may_draw_random_numbers(self)
         ):
             return function
+        if function.func is torch_checkpoint.checkpoint and keywords == {"use_reentrant": False}:
+            function = partial(checkpoint, **keywords)
         return partial(function, preserve_rng_state=False)
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]):
         self.__dict__["_gradient_checkpointing_func"] = function
+
+
+def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bool) -> torch.Tensor:
+    """
+    [`~torch.utils.checkpoint.checkpoint`] with `use_reentrant=False, preserve_rng_state=False`, and its results. Torch
+    keeps books on each saved tensor, which takes the host as long as a layer; what is kept here is an index.
+    """
+    set_by_a_context = (torch_checkpoint._checkpoint_debug_enabled, torch_checkpoint._enable_checkpoint_early_stop)
+    if (
+        not torch.is_grad_enabled()
+        or any(value is not None for value in set_by_a_context)
+        or not torch.amp.is_autocast_available(args[0].device.type)
+    ):
+        return torch_checkpoint.checkpoint(function, *args, **keywords)
+    forward = RepeatedForward(function, *args)
+    with saved_tensors_hooks(forward.pack, forward.unpack):
+        return function(*args)
+
+
+class SavedInput(torch.autograd.Function):
+    """Saves a tensor as other operations do: through the caller's hooks, and so that a later change is noticed."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.new_empty(0)
+
+
+class StopForwardError(Exception):
+    """All that was saved is there again."""
+
+
+class RepeatedForward:
+    """What a forward saves for its backward pass, computed a second time when that pass asks for it."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any):
+        self.function, self.args = function, args
+        self.input: Any = SavedInput.apply(torch.empty(0, requires_grad=True), hidden_states).grad_fn
+        device_type = hidden_states.device.type
+        self.autocast = torch.autocast(
+            device_type,
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_enabled(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+        self.kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        self.kinds.append((tensor.shape, tensor.dtype))
+        return len(self.kinds) - 1
+
+    def unpack(self, index: int) -> torch.Tensor:
+        if index not in self.tensors:
+            self.repeat()
+        return self.tensors.pop(index)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        index = len(self.tensors)
+        if (tensor.shape, tensor.dtype) != self.kinds[index]:
+            raise torch_checkpoint.CheckpointError(
+                f"Tensor {index} that a checkpointed layer saves is {tensor.dtype} of shape {tuple(tensor.shape)} in "
+                f"the backward pass, but was {self.kinds[index][1]} of shape {tuple(self.kinds[index][0])} before: "
+                "the layer was changed in between."
+            )
+        self.tensors[index] = tensor.detach()
+        if index + 1 == len(self.kinds):
+            raise StopForwardError
+
+    def repeat(self) -> None:
+        self.tensors.clear()
+        # Nothing unpacks in this second graph. A method as its hook would be a cycle that is never collected.
+        with torch.enable_grad(), self.autocast, saved_tensors_hooks(self.keep, id), suppress(StopForwardError):
+            self.function(*self.input.saved_tensors, *self.args)
+        if len(self.tensors) != len(self.kinds):
+            raise torch_checkpoint.CheckpointError(
+                f"A checkpointed layer saves {len(self.tensors)} tensors in the backward pass, but saved "
+                f"{len(self.kinds)} before: the layer was changed in between."
+            )
 
 
 def may_draw_random_numbers(layer: nn.Module) -> bool:
