@@ -257,7 +257,7 @@ class RepeatedForward:
 
     def __init__(self, function: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any):
         self.function, self.args = function, args
-        self.input: Any = SavedInput.apply(torch.empty(0, requires_grad=True), hidden_states).grad_fn
+        self.input: Any = SavedInput.apply(torch.empty(0, requires_grad=True), hidden_states)
         device_type = hidden_states.device.type
         self.autocast = torch.autocast(
             device_type,
@@ -293,7 +293,7 @@ class RepeatedForward:
         self.tensors.clear()
         # Nothing unpacks in this second graph. A method as its hook would be a cycle that is never collected.
         with torch.enable_grad(), self.autocast, saved_tensors_hooks(self.keep, id), suppress(StopForwardError):
-            self.function(*self.input.saved_tensors, *self.args)
+            self.function(*self.input.grad_fn.saved_tensors, *self.args)
         if len(self.tensors) != len(self.kinds):
             raise torch_checkpoint.CheckpointError(
                 f"A checkpointed layer saves {len(self.tensors)} tensors in the backward pass, but saved "
