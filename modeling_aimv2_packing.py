@@ -291,7 +291,7 @@ class RepeatedForward:
 
     def repeat(self) -> None:
         self.tensors.clear()
-        # Nothing unpacks in this second graph. A method as its hook would be a cycle that is never collected.
+        # Nothing unpacks in the second graph.
         with torch.enable_grad(), self.autocast, saved_tensors_hooks(self.keep, id), suppress(StopForwardError):
             self.function(*self.input.grad_fn.saved_tensors, *self.args)
         if len(self.tensors) != len(self.kinds):

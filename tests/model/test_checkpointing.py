@@ -300,7 +300,8 @@ def test_what_is_saved_is_what_torch_saves():
         shapes: list[torch.Size] = []
         with saved_tensors_hooks(lambda tensor, shapes=shapes: shapes.append(tensor.shape) or tensor, lambda it: it):
             loss_of(model, inputs)
-        saved.append(shapes)
+        # Until torch 2.12 its own saves something empty besides.
+        saved.append([shape for shape in shapes if shape.numel()])
     assert saved[0] == saved[1]
 
 
