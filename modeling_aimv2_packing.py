@@ -135,7 +135,7 @@ def segment_attention(
     if one_query:
         cu_seqlens_q, max_seqlen_q = torch.arange(num_segments + 1, dtype=torch.int32, device=query.device), 1
 
-    if is_flash_attention_requested(module.config):
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
         output, _ = attention_interface(
             module,
             *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),  # (1, H, N, K)
@@ -303,10 +303,11 @@ class RepeatedForward:
 
 def may_draw_random_numbers(layer: nn.Module) -> bool:
     """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
-    config = layer.config
-    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(config._attn_implementation)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
-    if config.attention_dropout or not (interface is known or is_flash_attention_requested(config)):
+    implementation = layer.config._attn_implementation
+    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(implementation)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    if layer.config.attention_dropout or not (interface is known or flash):
         return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
