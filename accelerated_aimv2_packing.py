@@ -10,6 +10,7 @@ nobody can tell the difference: that is decided once per forward, from the state
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -41,14 +42,20 @@ class Engine(NamedTuple):
         refusal (`Callable`): `(model, hidden_states, layout, state)` to why it cannot run this forward, or `None`.
         encode (`Callable`): `(model, hidden_states, layout, state, depths, last)` to what
             [`~Aimv2PackingModel.encode`] returns.
+        replay (`Callable`, *optional*): As `encode`, or to `None`: what may begin before it is known whether the model
+            has changed since `state`; thrown away where it has.
     """
 
     refusal: Callable[..., str | None]
-    encode: Callable[..., tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]
+    encode: Callable[..., Any]
+    replay: Callable[..., Any] | None = None
 
 
 # By type of device.
-ENGINES = {"cpu": Engine(cpu_refusal, encode_on_cpu), "cuda": Engine(cuda_refusal, encode_on_cuda)}
+ENGINES = {
+    "cpu": Engine(cpu_refusal, encode_on_cpu),
+    "cuda": Engine(cuda_refusal, encode_on_cuda, partial(encode_on_cuda, captures=False)),
+}
 
 
 class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
@@ -130,20 +137,37 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
         last: bool = True,
         attentions: list | None = None,
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        name = hidden_states.device.type
-        state, refusal = None, refusal_of_call(self, hidden_states, layout)
+        name, depths = hidden_states.device.type, tuple(depths)
+        state, outputs, refusal = None, None, refusal_of_call(self, hidden_states, layout)
         if refusal is None:
+            outputs, before = self._replay(hidden_states, layout, depths, last)
             state = current_state(self)
+            outputs = outputs if state is before else None
             refusal = refusal_of_modules(self, hidden_states, state)
         if refusal is None:
             refusal = ENGINES[name].refusal(self, hidden_states, layout, state)
         self._report(None if refusal else name, refusal)
         if refusal is not None:
             return super().encode(hidden_states, layout, depths, last, attentions)
+        if outputs is not None:
+            return outputs
         # A hook that makes the embeddings require gradients is of no use to a tower that has nothing to train, and
         # autocast to the dtype of the weights changes nothing.
         with torch.no_grad(), torch.autocast(name, enabled=False) if torch.is_autocast_enabled(name) else nullcontext():
-            return ENGINES[name].encode(self, hidden_states, layout, state, tuple(depths), last)
+            return ENGINES[name].encode(self, hidden_states, layout, state, depths, last)
+
+    def _replay(self, hidden_states, layout, depths, last) -> "tuple[Any, ModelState | None]":
+        """What the engine of the last forward can begin at once, and the record that it trusts: a GPU need not wait."""
+        engine, state = ENGINES[hidden_states.device.type], recorded_state(self)
+        if (
+            engine.replay is None
+            or state is None
+            or self.last_engine != hidden_states.device.type
+            or needs_gradients(hidden_states, state)
+            or engine.refusal(self, hidden_states, layout, state) is not None
+        ):
+            return None, state
+        return engine.replay(self, hidden_states, layout, state, depths, last), state
 
     def _report(self, engine: str | None, refusal: str | None) -> None:
         if (engine, refusal) != (self.last_engine, self.engine_refusal):
@@ -284,7 +308,7 @@ class ModelState:
             return False
 
     def weights_are_alike(self) -> bool:
-        """Whether type, dtype, device and `requires_grad` of each weight are as recorded, and none was added."""
+        """Whether what torch knows of each weight but its values is as recorded, and none was added."""
         weights, mode = self.weights(), torch.is_inference_mode_enabled()
         if any(list(map(get, tables)) != [None] * len(tables) for get, tables in self.absent):
             return False
@@ -327,17 +351,24 @@ def kinds_of(weights: Sequence[torch.Tensor]) -> list[tuple[type, torch.dtype, t
 
 
 def check_of(weights: Sequence[torch.Tensor]) -> Any:
-    """What `torch.compile` guards tensors by: one pass in C, which holds none of them. Of any shape."""
-    any_size = [[None] * weight.ndim for weight in weights]
-    return torch._C._dynamo.guards.TensorGuards(*weights, dynamic_dims_sizes=any_size, dynamic_dims_strides=any_size)
+    """What `torch.compile` guards tensors by: one pass in C, which holds none of them."""
+    sizes = [list(weight.shape) for weight in weights]
+    strides = [list(weight.stride()) for weight in weights]
+    return torch._C._dynamo.guards.TensorGuards(*weights, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def recorded_state(model: nn.Module) -> ModelState | None:
+    """The record of the model's modules as they were when last looked at."""
+    # On the model, so that it ends with it whatever the hooks below refer to.
+    state = model.__dict__.get("_state")
+    # A replica of `nn.DataParallel` has the attributes of the model, but modules of its own.
+    return state if state is not None and state.child_tables[0] is model._modules else None
 
 
 def current_state(model: nn.Module) -> ModelState:
     """The record of the model's modules: the same object as long as nothing in it has changed."""
-    # On the model, so that it ends with it whatever the hooks below refer to.
-    state = model.__dict__.get("_state")
-    # A replica of `nn.DataParallel` has the attributes of the model, but modules of its own.
-    if state is None or state.child_tables[0] is not model._modules or not state.is_current():
+    state = recorded_state(model)
+    if state is None or not state.is_current():
         state = model.__dict__["_state"] = ModelState(model)
     return state
 
@@ -376,6 +407,10 @@ def requires_grad_hooks_only(hooks: Iterable[Callable]) -> bool:
     )
 
 
+def needs_gradients(hidden_states: torch.Tensor, state: ModelState) -> bool:
+    return torch.is_grad_enabled() and (hidden_states.requires_grad or state.requires_grad)
+
+
 def refusal_of_modules(model: nn.Module, hidden_states: torch.Tensor, state: ModelState) -> str | None:
     """Why no engine may run in place of these modules, or `None`."""
     if state.refusal is not None:
@@ -392,7 +427,7 @@ def refusal_of_modules(model: nn.Module, hidden_states: torch.Tensor, state: Mod
     device = state.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != state.dtype:
         return "autocast is on"
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or state.requires_grad):
+    if needs_gradients(hidden_states, state):
         return "gradients are enabled"
     if model.config.attention_dropout and any(module.training for module in state.below):
         return "dropout is active"

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -24,7 +23,15 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .cuda_graphs_aimv2_packing import Graph, Graphs, are_adjacent, lay_side_by_side, whole_of
+from .cuda_graphs_aimv2_packing import (
+    Graph,
+    Graphs,
+    Product,
+    are_adjacent,
+    lay_side_by_side,
+    products_of,
+    whole_of,
+)
 from .layout_aimv2_packing import MAX_SEGMENTS_PER_CALL, PackedLayout, with_positions
 from .triton_kernels_aimv2_packing import (
     add_rms_norm,
@@ -49,8 +56,9 @@ Attention = Callable[..., torch.Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list.
-PATCHES_PER_PRODUCT = 16384
+# Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list. No batch
+# that has a graph by default is divided: the rest of one a little larger than a piece would cost 4 %.
+PATCHES_PER_PRODUCT = 20480
 
 # Hidden states of layers that a graph may keep: of so many times the patches of the largest graph.
 STATES_PER_PATCH = 4
@@ -141,25 +149,6 @@ def lay_weights(model: nn.Module, before: dict[int, int] | None = None) -> None:
             logger.debug("Products of %s stay apart: %s", [tuple(own.shape) for own in parameters], reason)
 
 
-class Product(NamedTuple):
-    """A linear layer, and which columns of the output are its."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    columns: slice
-
-
-def products_of(*linears: nn.Linear) -> list[Product]:
-    """One product where the weights lie side by side, else one each; not to be kept."""
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    known = [bias for bias in biases if bias is not None]
-    if are_adjacent(weights) and (not known or (len(known) == len(biases) and are_adjacent(known))):
-        return [Product(whole_of(weights), whole_of(known) if known else None, slice(None))]
-    ends = list(accumulate(map(len, weights), initial=0))
-    columns = [slice(start, end) for start, end in pairwise(ends)]
-    return list(map(Product, weights, biases, columns))
-
-
 # The engine
 
 
@@ -248,7 +237,7 @@ class Engine:
         ]
         self.norms = [*(layer.norm1 for layer in self.layers), model.rms_norm]
         self.all_norms = [*self.norms, *(layer.norm2 for layer in self.layers), self.embeddings.rms_norm]
-        self.where = where_they_lie(parameters)
+        self.addresses = list(map(torch.Tensor.data_ptr, parameters))
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
         self.hidden_size, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
         self.patch_dim = config.num_channels * config.patch_size**2
@@ -290,15 +279,18 @@ class Engine:
         padded = torch.zeros(patches, -(-self.patch_dim // 8) * 8, **like)
         return Buffers(padded, *(torch.empty(patches, width, **like) for width in widths))
 
-    def graph_of(self, budget: Budget, settings: CudaGraphSettings, at_once: bool = False) -> Graph | None:
-        """The graph of this budget, captured if it came before or `at_once`; `None` where there is to be none."""
+    def graph_of(self, budget: Budget, settings: CudaGraphSettings, after: int | None = 1) -> Graph | None:
+        """
+        The graph of this budget, captured if it came so many times before; `None` where there is none, or is to be
+        none. With `after=None` none is captured.
+        """
         most = settings.max_graph_patches
         # States of layers are memory of a graph's own.
         if budget.patches > most or budget.patches * len(budget.depths) > STATES_PER_PATCH * most:
             return None
         with self.lock:
             graph = self.graphs.find(budget)
-            if graph is None and self.graphs.should_capture(budget, settings.max_graphs, at_once):
+            if graph is None and after is not None and self.graphs.should_capture(budget, settings.max_graphs, after):
                 # Tensors made in inference mode could not be written to outside it.
                 with torch.inference_mode(False), torch.no_grad():
                     # Graphs captured one by one would each add their own, so they share the smallest large enough.
@@ -309,28 +301,6 @@ class Engine:
                     inputs = Inputs(budget, min(fitting, key=lambda own: len(own.patches)), self.is_native)
                 graph = self.graphs.capture(budget, settings.max_graphs, inputs, lambda: self.run(inputs))
         return graph
-
-    def encode(
-        self, patches: torch.Tensor, layout: PackedLayout, budget: Budget, graph: Graph | None
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        own, segments = len(patches), len(layout.cu_seqlens) - 1
-        if graph is not None:
-            states, features = graph(
-                lambda: graph.inputs.load(patches, layout),
-                lambda outputs: (
-                    tuple(state[:own].clone() for state in outputs[0]),
-                    outputs[1][:own].clone() if budget.last else None,
-                ),
-            )
-            return states, features
-        if budget.segments < budget.patches:
-            # No more than there are: kernels of others pay for empty ones.
-            longest = max(layout.max_seqlen, budget.patches - own)
-            budget = budget._replace(segments=segments + 1, longest=longest)
-        inputs = Inputs(budget, self.new_buffers(budget.patches), self.is_native)
-        inputs.load(patches, layout)
-        states, features = self.run(inputs, layout.lengths if segments >= MAX_SEGMENTS_PER_CALL else ())
-        return tuple(state[:own] for state in states), features[:own] if budget.last else None
 
     def run(self, inputs: Inputs, lengths: Sequence[int] = ()) -> tuple[list[torch.Tensor], torch.Tensor]:
         """
@@ -445,11 +415,6 @@ class Engine:
         return lambda module, qkv: efficient(*qkv.unsqueeze(0).unbind(2), None, *bounds, 0.0, 0)[0].squeeze(0)
 
 
-def where_they_lie(parameters: Sequence[nn.Parameter]) -> tuple[list[int], list[bool]]:
-    """What tells that the memory of a parameter was exchanged."""
-    return list(map(torch.Tensor.data_ptr, parameters)), list(map(torch.Tensor.is_contiguous, parameters))
-
-
 @cache
 def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -509,31 +474,65 @@ def refusal_of_state(model: nn.Module, device: torch.device) -> tuple[bool, str 
     return dtype in HALF and capability_of(device) >= (8, 0), compiler_failure(dtype, device)
 
 
+def known_engine(state: Any) -> Engine | None:
+    """The model's engine, unless the memory of a parameter has been exchanged."""
+    engine = state.engines.get("cuda")
+    return engine if engine and engine.addresses == list(map(torch.Tensor.data_ptr, state.weights())) else None
+
+
 def engine_of(model: nn.Module, state: Any) -> Engine:
-    """The model's engine: a new one where the memory of its parameters has been exchanged."""
-    engine, parameters = state.engines.get("cuda"), state.weights()
-    if engine is None or engine.where != where_they_lie(parameters):
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(parameters[0].device):
-            engine = state.engines["cuda"] = Engine(model, parameters)
+    engine = known_engine(state)
+    if engine is None:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(state.device):
+            engine = state.engines["cuda"] = Engine(model, state.weights())
     return engine
 
 
 def encode(
-    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any, depths: tuple[int, ...], last: bool
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    model: nn.Module,
+    hidden_states: torch.Tensor,
+    layout: PackedLayout,
+    state: Any,
+    depths: tuple[int, ...],
+    last: bool,
+    captures: bool = True,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
     """
     Patches `(total_patches, num_channels * patch_size**2)` to hidden states `(total_patches, hidden_size)` after so
     many layers, before the final norm, one for each of `depths`, which rise; and with `last` to the features after it,
     else `None`. In the dtype of the weights, tensors of their own; no layer after the last one needed runs.
+
+    With `captures=False` by a graph that is there and reads memory that the parameters still have, or `None`.
     """
-    engine, settings = engine_of(model, state), model.cuda_graph_settings
+    engine = engine_of(model, state) if captures else known_engine(state)
+    if engine is None or engine.device != hidden_states.device:
+        return None
+    own, segments, settings = len(hidden_states), len(layout.cu_seqlens) - 1, model.cuda_graph_settings
     given = (layout.position_ids, layout.interp_indices, layout.interp_weights)
     has_frames = layout.frame_sizes is not None and all(value is None for value in given)
-    layout = layout if has_frames else with_positions(layout, model.config)
-    lengths = (len(hidden_states), len(layout.cu_seqlens) - 1, layout.max_seqlen)
     with torch.cuda.device(engine.device), torch.no_grad():
+        lengths = (own, segments, layout.max_seqlen)
         budget = engine.budget_of(lengths, has_frames, depths, last, settings.same_bits)
-        return engine.encode(hidden_states, layout, budget, engine.graph_of(budget, settings))
+        graph = engine.graph_of(budget, settings, after=1 if captures else None)
+        if graph is None and not captures:
+            return None
+        layout = layout if has_frames else with_positions(layout, model.config)
+        if graph is not None:
+            return graph(
+                lambda: graph.inputs.load(hidden_states, layout),
+                lambda outputs: (
+                    tuple(state[:own].clone() for state in outputs[0]),
+                    outputs[1][:own].clone() if last else None,
+                ),
+            )
+        if budget.segments < budget.patches:
+            # No more than there are: kernels of others pay for empty ones.
+            longest = max(layout.max_seqlen, budget.patches - own)
+            budget = budget._replace(segments=segments + 1, longest=longest)
+        inputs = Inputs(budget, engine.new_buffers(budget.patches), engine.is_native)
+        inputs.load(hidden_states, layout)
+        states, features = engine.run(inputs, layout.lengths if segments >= MAX_SEGMENTS_PER_CALL else ())
+        return tuple(state[:own] for state in states), features[:own] if last else None
 
 
 def capture(model: nn.Module, state: Any, lengths: Sequence[int]) -> None:
@@ -546,7 +545,7 @@ def capture(model: nn.Module, state: Any, lengths: Sequence[int]) -> None:
     engine, settings = engine_of(model, state), model.cuda_graph_settings
     with torch.cuda.device(engine.device):
         budget = engine.budget_of((sum(lengths), len(lengths), max(lengths)), True, (), True, settings.same_bits)
-        if engine.graph_of(budget, settings, at_once=True) is None:
+        if engine.graph_of(budget, settings, after=0) is None:
             reason = engine.graphs.failure or f"{settings} allows none of {budget.patches} patches"
             raise RuntimeError(f"No CUDA graph was captured: {reason}.")
 

@@ -17,7 +17,8 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -86,6 +87,25 @@ def whole_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     else:
         memory = torch.frombuffer((ctypes.c_char * size).from_address(first.data_ptr()), dtype=torch.uint8)
     return memory.view(first.dtype).view(-1, *first.shape[1:])
+
+
+class Product(NamedTuple):
+    """A linear layer, and which columns of the output are its."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    columns: slice
+
+
+def products_of(*linears: nn.Linear) -> list[Product]:
+    """One product where the weights lie side by side, else one each; not to be kept."""
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    known = [bias for bias in biases if bias is not None]
+    if are_adjacent(weights) and (not known or (len(known) == len(biases) and are_adjacent(known))):
+        return [Product(whole_of(weights), whole_of(known) if known else None, slice(None))]
+    ends = list(accumulate(map(len, weights), initial=0))
+    columns = [slice(start, end) for start, end in pairwise(ends)]
+    return list(map(Product, weights, biases, columns))
 
 
 # Graphs
@@ -212,14 +232,14 @@ class Graphs:
             self.by_key.move_to_end(key)
         return graph
 
-    def should_capture(self, key: Hashable, most: int, at_once: bool = False) -> bool:
-        """Whether this key has come before, unless `at_once`, and may have a graph where there may be `most`."""
+    def should_capture(self, key: Hashable, most: int, after: int = 1) -> bool:
+        """Whether this key has come `after` times before, and may have a graph where there may be `most`."""
         if self.failure is not None or most < 1:
             return False
         if len(self.seen) >= MAX_SEEN:
             self.seen.clear()
         self.seen[key] += 1
-        if self.seen[key] < 2 and not at_once:
+        if self.seen[key] <= after:
             return False
         oldest = next(iter(self.by_key.values()), None)
         return len(self.by_key) < most or oldest is None or self.calls - oldest.last_call >= PATIENCE * most

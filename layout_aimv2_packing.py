@@ -9,11 +9,12 @@ Names and order of values are those of transformers' `vision_utils`, so that wha
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.utils import TransformersKwargs
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
@@ -170,7 +171,7 @@ def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patche
 def with_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> PackedLayout:
     """
     The layout with `position_ids`, or `interp_indices` and `interp_weights`, whichever a model of this configuration
-    reads; computed on the CPU from `grids` unless they are there, and on the device of `cu_seqlens`.
+    reads; computed from `grids` unless they are there, on the device of `cu_seqlens` and without waiting for it.
 
     Raises:
         ValueError: neither they nor `grids` are in the layout.
@@ -184,27 +185,44 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
     if layout.grids is None:
         raise ValueError("`grids` must be in a layout whose positions are to be computed, got None.")
     device = layout.cu_seqlens.device
-    grid_thw = torch.tensor(layout.grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
+    ends = list(accumulate((t * h * w for t, h, w in layout.grids), initial=0))
+    sides = [[h for _, h, _ in layout.grids], [w for _, _, w in layout.grids]]
+    sizes = sorted({1, *sides[0], *sides[1]})
+    # Where the rows of each size begin in a table of all sizes.
+    starts = dict(zip(sizes, accumulate(sizes, initial=0), strict=False))
+    of_each = [ends[:-1], *sides, *([starts[size] for size in own] for own in sides)]
+    images = torch.tensor(of_each, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    patches = torch.arange(ends[-1], device=device)
+    # No `repeat_interleave`, which wakes all cores for a few images, or waits for a GPU.
+    image = torch.searchsorted(images[0], patches, right=True) - 1
+    first, rows, columns, row_start, column_start = (own.index_select(0, image) for own in images.unbind(0))
+    within = patches - first
+    row, column = within // columns % rows, within % columns
     if config.is_native:
-        frames = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
-        sizes = frames.prod(dim=1)
-        within = torch.arange(int(sizes.sum()), device="cpu") - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        widths = frames[:, 1].repeat_interleave(sizes)
-        position_ids = torch.stack([within // widths, within % widths], dim=1)
-        return replace(layout, position_ids=position_ids.to(device, non_blocking=True))
-    # One more image of one patch, cut off again, makes an empty batch valid.
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        F.pad(grid_thw, (0, 0, 0, 1), value=1), config.image_size // config.patch_size, mode="bicubic"
-    )
-    computed = {"interp_indices": indices[:-1], "interp_weights": weights[:-1]}
-    return replace(
-        layout,
-        **{
-            name: value.to(device, non_blocking=True)
-            for name, value in computed.items()
-            if getattr(layout, name) is None
-        },
-    )
+        return replace(layout, position_ids=torch.stack([row, column], dim=1))
+    num_positions = config.image_size // config.patch_size
+    tables = (np.concatenate(own) for own in zip(*(axis_taps(size, num_positions) for size in sizes), strict=True))
+    taps, weights = (torch.from_numpy(table).to(device, non_blocking=True) for table in tables)
+    row, column = row_start + row, column_start + column
+    computed = {
+        "interp_indices": (taps[row].unsqueeze(2) * num_positions + taps[column].unsqueeze(1)).flatten(1),
+        "interp_weights": (weights[row].unsqueeze(2) * weights[column].unsqueeze(1)).flatten(1),
+    }
+    return replace(layout, **{name: value for name, value in computed.items() if getattr(layout, name) is None})
+
+
+@lru_cache(maxsize=4096)
+def axis_taps(size: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which of `num_positions` learned positions along an axis bicubic interpolation to `size` reads, and their weights,
+    `(size, 4)` each: what transformers computes for an image whose other axis has as many patches as positions.
+    """
+    with torch.inference_mode(False):
+        grid_thw = torch.tensor([[1, size, num_positions]], device="cpu")
+        computed = get_vision_interpolation_indices_and_weights(grid_thw, num_positions, mode="bicubic")
+    # There the second tap of the first column is position 0, and has all the weight.
+    indices, weights = (own.view(size, num_positions, 4, 4)[:, 0, :, 1].numpy() for own in computed)
+    return indices // num_positions, weights
 
 
 @torch.compiler.disable

@@ -3,6 +3,7 @@
 """Models of random weights and batches of images: what the other benchmarks here measure."""
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -97,7 +98,8 @@ def make_models(args: argparse.Namespace, dtype: torch.dtype) -> Models:
         with torch.device("meta"):
             model = model_class(model_class.config_class(**fields))
         model.load_state_dict(reference.state_dict(), strict=True, assign=True)
-        return model.eval()
+        # Weights of its own, laid in memory as those of a model that was loaded; `assign` shares the reference's.
+        return copy.deepcopy(model).eval()
 
     compiled = packed() if args.compile else None
     for layer in compiled.encoder.layers if compiled is not None else ():

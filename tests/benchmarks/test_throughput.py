@@ -54,6 +54,13 @@ def test_every_candidate_is_measured_and_agrees_with_the_original(checkpoint, tm
     assert "older sdpa x" in capsys.readouterr().out
 
 
+def test_the_packed_model_has_weights_of_its_own_as_a_loaded_one(checkpoint):
+    """Of weights that others share, the CUDA engine makes no merged products."""
+    models = workloads.make_models(throughput.settings(checkpoint=str(checkpoint), against=None), torch.float32)
+    theirs = {weight.untyped_storage().data_ptr() for weight in models.reference.parameters()}
+    assert not any(weight.untyped_storage().data_ptr() in theirs for weight in models.packed.parameters())
+
+
 def test_another_checkout_is_run_by_its_own_code_and_these_weights(checkpoint, tmp_path):
     args = throughput.settings(checkpoint=str(checkpoint), against=other_checkout(tmp_path / "older"))
     models = workloads.make_models(args, torch.float32)

@@ -531,6 +531,52 @@ def test_a_model_in_a_file_has_no_record(packed, inputs):
     assert loaded.last_engine == "cpu"
 
 
+CHANGES = {
+    "a hook": lambda tower: tower.rms_norm.register_forward_hook(lambda module, args, output: None),
+    "a weight of another dtype": lambda tower: tower.rms_norm.double(),
+    "another module": lambda tower: setattr(tower, "rms_norm", nn.Identity()),
+    "another forward": lambda tower: setattr(tower.rms_norm, "forward", lambda states: states),
+    "a transposed weight": lambda tower: setattr(
+        tower.encoder.layers[0].attention.q_proj.weight,
+        "data",
+        tower.encoder.layers[0].attention.q_proj.weight.data.t(),
+    ),
+    "other attention": lambda tower: tower.set_attn_implementation("eager"),
+    "no engines": lambda tower: setattr(tower, "use_engines", False),
+    "gradients": lambda tower: torch.set_grad_enabled(True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_began_before_the_look_is_thrown_away_where_the_model_has_changed(packed, inputs, monkeypatch, change):
+    accelerated, calls = hub_module("accelerated"), []
+
+    def replay(model, hidden_states, layout, state, depths, last):
+        calls.append(state)
+        return (), torch.full((len(hidden_states), model.config.hidden_size), torch.nan)
+
+    monkeypatch.setitem(accelerated.ENGINES, "cpu", accelerated.ENGINES["cpu"]._replace(replay=replay))
+    assert packed(**inputs).last_hidden_state.isfinite().all() and not calls  # nothing ran before
+    assert packed(**inputs).last_hidden_state.isnan().all() and len(calls) == 1
+    CHANGES[change](packed)
+    changed, engine = packed(**inputs).last_hidden_state, packed.last_engine
+    packed.use_engines = False
+    plain = packed(**inputs).last_hidden_state
+    torch.testing.assert_close(changed, plain, atol=1e-4 if engine else 0, rtol=0)
+
+
+def test_a_replica_does_not_begin_with_the_record_of_its_original(packed, inputs, monkeypatch):
+    accelerated = hub_module("accelerated")
+    packed(**inputs)
+    wrong = torch.full((len(inputs["hidden_states"]), packed.config.hidden_size), torch.nan)
+    engine = accelerated.ENGINES["cpu"]._replace(replay=lambda *args: ((), wrong))
+    monkeypatch.setitem(accelerated.ENGINES, "cpu", engine)
+    replica = packed._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(child) for name, child in packed._modules.items()}
+    assert replica(**inputs).last_hidden_state.isfinite().all()
+    assert packed(**inputs).last_hidden_state.isnan().all()
+
+
 def test_hooks_count_in_a_table_of_hooks_that_was_replaced(packed, inputs):
     """As people do who remove all hooks."""
     packed(**inputs)

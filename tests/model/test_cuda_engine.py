@@ -103,12 +103,12 @@ def test_graphs_of_a_model_on_a_cpu_are_refused():
 
 
 def test_padded_sizes_recur_and_cost_little():
-    sizes = [cuda_engine.padded_size(patches) for patches in range(1, 20481)]
+    sizes = [cuda_engine.padded_size(patches) for patches in range(1, cuda_engine.PATCHES_PER_PRODUCT + 1)]
     assert all(patches <= size for patches, size in enumerate(sizes, start=1))
     assert all(size - patches < max(64, size / 16) for patches, size in enumerate(sizes, start=1))
     assert all(cuda_engine.padded_size(size) == size for size in set(sizes))
     # The rest of a batch that runs in pieces is of one of these sizes, too.
-    rests = {cuda_engine.padded_size(patches) % cuda_engine.PATCHES_PER_PRODUCT for patches in range(16385, 40000)}
+    rests = {cuda_engine.padded_size(patches) % cuda_engine.PATCHES_PER_PRODUCT for patches in range(20481, 50000)}
     assert rests - {0} <= set(sizes)
     assert len({size for size in sizes if 4096 < size <= 8192}) == 16
     assert len(set(sizes)) < 128

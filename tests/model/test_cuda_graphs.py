@@ -186,17 +186,17 @@ def test_a_key_has_a_graph_from_its_second_call_on_and_the_least_used_goes():
     graphs = cuda_graphs.Graphs(torch.device("cpu"))
     assert graphs.find("a") is None and not graphs.should_capture("a", most=2)
     assert graphs.find("a") is None and graphs.should_capture("a", most=2)
-    assert graphs.should_capture("b", most=2, at_once=True) and not graphs.should_capture("c", most=0, at_once=True)
+    assert graphs.should_capture("b", most=2, after=0) and not graphs.should_capture("c", most=0, after=0)
     for key in "ab":
         graphs.by_key[key] = Captured()
         graphs.find(key)
     graphs.find("a")
     assert list(graphs.by_key) == ["b", "a"]
     # Full: nothing is dropped that was used of late.
-    assert not graphs.should_capture("c", most=2, at_once=True)
+    assert not graphs.should_capture("c", most=2, after=0)
     for _ in range(2 * cuda_graphs.PATIENCE):
         graphs.find("a")
-    assert graphs.should_capture("c", most=2, at_once=True)
+    assert graphs.should_capture("c", most=2, after=0)
     graphs.by_key.clear()
     graphs.failure = "out of memory"
-    assert not graphs.should_capture("c", most=2, at_once=True)
+    assert not graphs.should_capture("c", most=2, after=0)

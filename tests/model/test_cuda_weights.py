@@ -11,6 +11,7 @@ import torch
 from cuda_models import (
     DEVICE,
     SHALLOW,
+    accelerated,
     cuda_engine,
     cuda_graphs,
     distance,
@@ -206,12 +207,13 @@ def test_products_are_one_where_weights_and_biases_are_adjacent():
     ],
     ids=["moved", "parameter_replaced", "data_exchanged", "transposed"],
 )
-def test_memory_that_was_exchanged_is_noticed(change):
+def test_an_engine_is_given_up_with_the_memory_that_it_reads(change):
     packed = packing_model(reference_model())
-    before = cuda_engine.where_they_lie(list(packed.parameters()))
-    assert cuda_engine.where_they_lie(list(packed.parameters())) == before
+    state = accelerated.current_state(packed)
+    engine = state.engines["cuda"] = cuda_engine.Engine(packed, state.weights())
+    assert cuda_engine.known_engine(accelerated.current_state(packed)) is engine
     change(packed)
-    assert cuda_engine.where_they_lie(list(packed.parameters())) != before
+    assert cuda_engine.known_engine(accelerated.current_state(packed)) is None
 
 
 SAVERS = ["state_dict", "whole model", "save_pretrained", "save_model", "save_torch_state_dict", "accelerator"]
