@@ -197,6 +197,8 @@ DETERMINISTIC = {
 }
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# What torch's `set_checkpoint_debug_enabled` and `set_checkpoint_early_stop` set; `None` outside them.
+SET_BY_CONTEXTS = ("_checkpoint_debug_enabled", "_enable_checkpoint_early_stop")
 
 
 class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
@@ -230,12 +232,12 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
 def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bool) -> torch.Tensor:
     """
     [`~torch.utils.checkpoint.checkpoint`] with `use_reentrant=False, preserve_rng_state=False`, and its results. Torch
-    keeps books on each saved tensor, which takes the host as long as a layer; what is kept here is an index.
+    keeps books on each saved tensor, which takes the host nearly as long as a layer; what is kept here is an index.
     """
-    set_by_a_context = (torch_checkpoint._checkpoint_debug_enabled, torch_checkpoint._enable_checkpoint_early_stop)
     if (
-        not torch.is_grad_enabled()
-        or any(value is not None for value in set_by_a_context)
+        not args  # a layer called by keywords
+        or not torch.is_grad_enabled()
+        or any(getattr(torch_checkpoint, name, None) is not None for name in SET_BY_CONTEXTS)
         or not torch.amp.is_autocast_available(args[0].device.type)
     ):
         return torch_checkpoint.checkpoint(function, *args, **keywords)

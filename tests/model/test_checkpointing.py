@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, REPO, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
@@ -255,13 +255,32 @@ def without_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list
         return [loss_of(model, inputs)]
 
 
+def without_early_stop(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch_checkpoint.set_checkpoint_early_stop(False):
+        return grads_of_some(model, inputs)
+
+
 def in_debug_mode(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     with torch_checkpoint.set_checkpoint_debug_enabled(True):
         return grads_of_some(model, inputs)
 
 
-USES = [grads_of_some, two_backward_passes, second_derivatives, frozen, one_layer_twice, hooks_of_weights]
-USES += [in_a_larger_checkpoint, offloaded, without_gradients, in_debug_mode]
+def layer_by_keywords(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    layer, states = model.encoder.layers[0], torch.ones(217, 64, dtype=torch.float64, requires_grad=True)
+    layout = packed_layout(inputs["grid_thw"], model.config)
+    return list(torch.autograd.grad(layer(hidden_states=states, layout=layout).square().sum(), states))
+
+
+USES = [
+    grads_of_some,
+    layer_by_keywords,
+    two_backward_passes,
+    second_derivatives,
+    frozen,
+    one_layer_twice,
+    hooks_of_weights,
+]
+USES += [in_a_larger_checkpoint, offloaded, without_gradients, in_debug_mode, without_early_stop]
 
 
 @pytest.mark.parametrize("use", USES)
