@@ -1,10 +1,8 @@
 VENV ?= .venv
 PYTHON = $(VENV)/bin/python
 CHECKPOINT ?=
-TRANSFORMERS = $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
 # The Hub's files as the package that they become, where the type checker follows their imports of each other.
 PACKAGE = build/types/aimv2_packing
-COMMON_TESTS = build/transformers-$(TRANSFORMERS)/tests
 
 .PHONY: demo test test-common test-torchvision test-matrix style quality bench
 
@@ -12,10 +10,12 @@ demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
 
 # A process per core, with one thread each; what a file's tests share is made once.
-test: $(VENV)/installed $(COMMON_TESTS)/__init__.py
+test: $(VENV)/installed
+	$(PYTHON) tests/transformers_common/download.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
-test-common: $(VENV)/installed $(COMMON_TESTS)/__init__.py
+test-common: $(VENV)/installed
+	$(PYTHON) tests/transformers_common/download.py
 	$(PYTHON) -m pytest tests/transformers_common
 
 # PyPI's torchvision is built for CUDA: without the description of its operators, its Python transforms run anywhere.
@@ -45,10 +45,4 @@ $(VENV)/installed: requirements.txt requirements-test.txt requirements-dev.txt
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
-	touch $@
-
-# transformers' own tests are in its sdist only.
-$(COMMON_TESTS)/__init__.py: | $(VENV)/installed
-	$(PYTHON) -m pip download --quiet --no-deps --no-binary transformers --dest build transformers==$(TRANSFORMERS)
-	tar -xzf build/transformers-$(TRANSFORMERS).tar.gz -C build transformers-$(TRANSFORMERS)/tests
 	touch $@

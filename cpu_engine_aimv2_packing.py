@@ -137,10 +137,10 @@ def attention(module: nn.Module, hidden_states: torch.Tensor, runs: Sequence[tup
     )
     scaling, patches = module.head_dim**-0.5, [segments * length for segments, length in runs]
     outputs = []
-    for (segments, length), *states in zip(
+    for (count, length), *states in zip(
         runs, query.split(patches), key.split(patches), value.split(patches), strict=True
     ):
-        queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)
+        queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)
         if query.dtype in HALF or length <= SHORT_LENGTH:
             output = attention_in_parts(queries, keys, values, scaling)
         else:

@@ -231,6 +231,8 @@ def whole_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patches
     return with_positions(packed_layout(grid_thw, config, num_patches), config)
 
 
+# Asked of Python: under `torch.compile` of torch 2.11, Dynamo itself answers that an export is going on.
+@torch.compiler.assume_constant_result
 def is_traced() -> bool:
     """Whether a program is recorded that will run on other batches: by `torch.export`, ONNX or `torch.jit.trace`."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()

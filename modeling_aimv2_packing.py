@@ -171,8 +171,9 @@ def segment_attention(
             zip(query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True)
         )
     outputs = []
-    for (segments, _), states in zip(runs, states_of_runs, strict=True):
-        queries, keys, values = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
+    # Not `segments`: early CPython 3.13 crashes when a tracer reads a closure's name in a comprehension (gh-128396).
+    for (count, _), states in zip(runs, states_of_runs, strict=True):
+        queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
         if attention_interface is not sdpa_attention_forward:
             output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         else:

@@ -8,16 +8,21 @@ same packed batches and against the encoder alone, repetitions interleaved.
     python benchmarks/extract_features.py --images 310 --layers 2 --width 256      # small: start-up counts
     python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --patches-per-batch 16384 \\
         --sides 0 512 1024 --cpus 8 16 --output corpus.json    # GPU, 2 minutes: against the encoder alone
+    python benchmarks/extract_features.py --layers 24 --dtype bfloat16 --patches-per-batch 16384 \\
+        --sides 0 --shards 2 --repetitions 2 --output shards.json    # two GPUs: a shard on each, against one
 
 Rates leave start-up out: the command's is from its first batch to its last, the loop's begins when its model is loaded.
 `total` is the time of everything but imports, in the same process for the loop and the command. With --sides, `middle`
-is the rate between a fifth and nine tenths of the patches, and seconds tell what the main process did.
+is the rate between a fifth and nine tenths of the patches, and seconds tell what the main process did. With --shards,
+each is a command of its own with its own GPU, and the rate of all together is taken while all are in their middles.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -26,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,19 +59,42 @@ def make_corpus(folder: Path, count: int, side: int = 0) -> None:
     generator = np.random.default_rng(0)
     photographs = [Image.open(file).convert("RGB") for file in sorted((REPO / "examples/photographs").glob("*.jpg"))]
     folder.mkdir()
-    for index in range(count):
+
+    def save(index: int, box: tuple[int, ...] | None, size: tuple[int, ...]) -> None:
         photograph = photographs[index % len(photographs)]
-        if side:
-            width, height = (int(side * share) for share in generator.uniform(0.85, 1.05, 2))
-            resized = photograph.resize((width, height), Image.Resampling.BICUBIC)
-            resized.save(folder / f"{index:06}.jpg", quality=90)
-            continue
-        width, height = (int(generator.integers(150, min(500, side))) for side in photograph.size)
-        left, top = (
-            int(generator.integers(photograph.width - width)),
-            int(generator.integers(photograph.height - height)),
-        )
-        photograph.crop((left, top, left + width, top + height)).save(folder / f"{index:06}.jpg", quality=90)
+        picture = photograph.resize(size, Image.Resampling.BICUBIC, box)  # type: ignore[arg-type]
+        picture.save(folder / f"{index:06}.jpg", quality=90)
+
+    with ThreadPoolExecutor() as pool:
+        saved = []
+        for index in range(count):
+            photograph, box = photographs[index % len(photographs)], None
+            if side:
+                size = tuple(int(side * share) for share in generator.uniform(0.85, 1.05, 2))
+            else:
+                size = tuple(int(generator.integers(150, min(500, length))) for length in photograph.size)
+                left, top = (
+                    int(generator.integers(length - part)) for length, part in zip(photograph.size, size, strict=True)
+                )
+                # Of this size already: cut out.
+                box = (left, top, left + size[0], top + size[1])
+            saved.append(pool.submit(save, index, box, size))
+        for each in saved:
+            each.result()
+
+
+def make_linked_corpus(folder: Path, model: Path, side: int, count: int | None, share: int = 1) -> float:
+    """
+    `FILES` pictures and links to them, `count` together or what is `share` times a run of some seconds. Gives the
+    patches of one on average.
+    """
+    make_corpus(folder, FILES, side)
+    processor = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessor").from_pretrained(model)
+    sizes = [Image.open(file).size for file in folder.iterdir()]
+    patches = sum(processor.get_number_of_image_patches(height, width) for width, height in sizes) / FILES
+    for index in range(FILES, count or int(share * PATCHES_PER_RUN / patches)):
+        os.link(folder / f"{index % FILES:06}.jpg", folder / f"{index:06}.jpg")
+    return patches
 
 
 def make_model(folder: Path, layers: int, width: int) -> None:
@@ -121,6 +150,7 @@ class Loop:
         rows = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(vectors).reshape(-1)), vectors[0].shape[1])
         pq.write_table(pa.table({"id": [file.name for file in files], "embedding": rows}), output)
 
+    @torch.inference_mode()
     def encoder_rate(self, folder: Path, seconds: float = 10) -> float:
         """Patches per second of the model alone, on batches that are on the device already."""
         batches = []
@@ -130,11 +160,11 @@ class Loop:
                 break
         patches = sum(len(hidden_states) for hidden_states, _ in batches)
         for hidden_states, grids in batches:
-            self.encode(hidden_states, grids)
+            self.model(hidden_states, grids)
         rounds, start = 0, self.now()
         while rounds == 0 or self.now() - start < seconds:
             for hidden_states, grids in batches:
-                self.encode(hidden_states, grids)
+                self.model(hidden_states, grids)
             rounds += 1
         return patches * rounds / (self.now() - start)
 
@@ -183,12 +213,17 @@ class Watch:
         Progress.add, Encoder.encode = add_to_progress, encode  # type: ignore[method-assign]
         Encoder.table_of, Encoder.finish = table_of, finish  # type: ignore[method-assign]
 
-    def middle(self) -> float:
-        """Patches per second between a fifth and nine tenths of the patches."""
-        first = next(i for i, (_, patches) in enumerate(self.samples) if patches >= self.patches / 5)
-        last = next(i for i, (_, patches) in enumerate(self.samples) if patches >= self.patches * 0.9)
-        (start, before), (stop, after) = self.samples[first], self.samples[last]
-        return (after - before) / (stop - start) if stop > start else float("nan")
+
+def middle_rate(runs: list[list[tuple[float, int]]]) -> float:
+    """Patches per second of some runs together, while each is between a fifth and nine tenths of its patches."""
+    arrays = [np.array(samples).T for samples in runs]
+    # Of (2, number of batches) each: times, and patches by then.
+    begin = max(np.interp(patches[-1] * 0.2, patches, times) for times, patches in arrays)
+    end = min(np.interp(patches[-1] * 0.9, patches, times) for times, patches in arrays)
+    if end <= begin:
+        return float("nan")
+    between = [np.diff(np.interp([begin, end], times, patches)) for times, patches in arrays]
+    return float(np.sum(between) / (end - begin))
 
 
 add_to_progress, encode, table_of, finish = Progress.add, Encoder.encode, Encoder.table_of, Encoder.finish
@@ -200,14 +235,10 @@ def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dic
     cpus = sorted(os.sched_getaffinity(0))
     for side in arguments.sides:
         corpus = folder / f"corpus{side}"
-        make_corpus(corpus, FILES, side)
+        patches = make_linked_corpus(corpus, model, side, arguments.images)
         loop = Loop(model, arguments.dtype, arguments.device, arguments.patches_per_batch)
-        encoder_rate, patches = loop.encoder_rate(corpus, seconds=3), 0
-        for hidden_states, _ in loop.batches(sorted(corpus.iterdir())):
-            patches += len(hidden_states)
+        encoder_rate = loop.encoder_rate(corpus, seconds=3)
         del loop
-        for index in range(FILES, arguments.images or PATCHES_PER_RUN * FILES // patches):
-            os.link(corpus / f"{index % FILES:06}.jpg", corpus / f"{index:06}.jpg")
         for count in arguments.cpus:
             os.sched_setaffinity(0, cpus[:count])
             with contextlib.redirect_stdout(io.StringIO()) as printed, Watch() as watch:
@@ -215,12 +246,12 @@ def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dic
                 run(options_of(model, corpus, folder / f"out{side}-{count}", arguments))
                 total = time.perf_counter() - start
             os.sched_setaffinity(0, cpus)
-            rate, middle = printed_rate(printed.getvalue()), watch.middle()
+            rate, middle = printed_rate(printed.getvalue()), middle_rate([watch.samples])
             own = watch.samples[-1][0] - watch.samples[0][0]
             figures = {
                 "side": side,
-                "patches_per_image": round(patches / FILES),
-                "cpus": count,
+                "patches_per_image": round(patches),
+                "cpus": len(cpus[:count]),
                 "encoder": encoder_rate,
                 "process": rate,
                 "middle": middle,
@@ -232,6 +263,64 @@ def against_the_encoder(folder: Path, arguments: argparse.Namespace) -> list[dic
             }
             found.append(figures)
             print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}), flush=True)
+    print(" pixels patches  CPUs    encoder    command           middle           seconds")
+    for each in found:
+        print(
+            f"{each['side'] or '150-500':>7} {each['patches_per_image']:7,}  {each['cpus']:4}  {each['encoder']:9,.0f}"
+            f"  {each['process']:9,.0f} ({each['process_over_encoder']:.2f})  "
+            f"{each['middle']:9,.0f} ({each['middle_over_encoder']:.2f})  {each['total_seconds']:6.1f}"
+        )
+    return found
+
+
+def run_shard(
+    model: Path, corpus: Path, output: Path, index: int, arguments: argparse.Namespace
+) -> list[tuple[float, int]]:
+    """When patches of one shard were encoded, on the clock that all processes share."""
+    shard = {"num_shards": arguments.shards, "shard_index": index}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), Watch() as watch:
+        run(dataclasses.replace(options_of(model, corpus, output, arguments), **shard))
+    return watch.samples
+
+
+def against_one_shard(folder: Path, arguments: argparse.Namespace) -> list[dict]:
+    """Of each size of images: the rate of one shard alone, and of all at once, in processes that see one GPU each."""
+    model, found = folder / "model", []
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(arguments.shards)))
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for gpu in gpus.split(",")[: arguments.shards]:
+            # What a process that is started has from its beginning.
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            processes.append(stack.enter_context(process))
+            process.submit(os.getpid)
+        for side in arguments.sides:
+            corpus = folder / f"corpus{side}"
+            patches = make_linked_corpus(corpus, model, side, arguments.images, arguments.shards)
+            for repetition in range(arguments.repetitions):
+                rates = {}
+                # All warm up at once.
+                for name, some in (("together", processes), ("alone", processes[:1])):
+                    output = folder / f"{name}{side}-{repetition}"
+                    runs = [
+                        process.submit(run_shard, model, corpus, output, index, arguments)
+                        for index, process in enumerate(some)
+                    ]
+                    rates[name] = middle_rate([each.result() for each in runs])
+                figures = {
+                    "side": side,
+                    "patches_per_image": round(patches),
+                    **rates,
+                    "together_over_alone": rates["together"] / rates["alone"],
+                }
+                found.append(figures)
+                print(
+                    f"{side or '150-500'} pixels, {patches:,.0f} patches an image: one shard {rates['alone']:,.0f} "
+                    f"patches/s, {arguments.shards} at once {rates['together']:,.0f}, "
+                    f"{figures['together_over_alone']:.2f} times one",
+                    flush=True,
+                )
     return found
 
 
@@ -258,6 +347,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--sides", type=int, nargs="+", help="pixels a side, 0 for 150 to 500: no loop, no Ray")
     parser.add_argument("--cpus", type=int, nargs="+", default=[os.cpu_count()], help="of the command, with --sides")
+    parser.add_argument("--shards", type=int, help="with --sides: so many at once against one, each on its own GPU")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
 
@@ -266,7 +356,8 @@ def main() -> None:
         model, corpus = Path(folder, "model"), Path(folder, "corpus")
         make_model(model, arguments.layers, arguments.width)
         if arguments.sides:
-            write_figures(arguments, {"runs": against_the_encoder(Path(folder), arguments)})
+            measure = against_one_shard if arguments.shards else against_the_encoder
+            write_figures(arguments, {"runs": measure(Path(folder), arguments)})
             return
         arguments.images = arguments.images or 192
         make_corpus(corpus, arguments.images)

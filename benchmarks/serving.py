@@ -4,22 +4,26 @@
 examples/serve.py under open load: requests of pictures of many sizes arrive at random moments, however long the answers
 take. Against the same server with one image a forward, and with padded batches of transformers' model.
 
-    python benchmarks/serving.py --rates 20 50 --layers 2 --width 256 --seconds 10               # CPU
+    python benchmarks/serving.py --rates 10 20 --layers 2 --width 256                            # CPU
     python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800 1600
 
-Each server is a process of its own, with the same weights; this one asks. Latency is from the moment at which a request
-was due to its whole answer. Prints a table; `--output` has the same as JSON.
+Each server is a process of its own, with the same weights, and has the load alone; clients are processes, too, with
+requests that are written before. Latency is from the moment at which a request was due to its whole answer. Prints a
+table: requests answered per second, and the p50 and p99 of their latency. `--output` has more, as JSON.
 """
 
 import argparse
 import asyncio
 import base64
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +38,8 @@ from conversion.features import pixels
 
 
 KINDS = ("packed", "one image a forward", "padded")
-PORT = 8765
+# At once, before anything is measured: forwards of many sizes are compiled and captured.
+WARM_UP = (256, 64, 16, 4, 1, 1)
 
 
 def make_checkpoint(folder: Path, layers: int, width: int, dtype: str) -> Path:
@@ -54,7 +59,7 @@ def make_checkpoint(folder: Path, layers: int, width: int, dtype: str) -> Path:
     return folder / "converted"
 
 
-def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int) -> None:
+def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int, port: int) -> None:
     sys.path.insert(0, str(REPO / "examples"))
     import serve as example
     import uvicorn
@@ -92,16 +97,16 @@ def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int
     if kind == "one image a forward":
         limits = replace(limits, patches_per_forward=1, wait_seconds=0)
     encoder = (Padded if kind == "padded" else example.Encoder)(checkpoint, device, dtype)
-    uvicorn.run(example.create_app(encoder, "aimv2", limits), port=PORT, log_level="error")
+    uvicorn.run(example.create_app(encoder, "aimv2", limits), port=port, log_level="error")
 
 
 def make_requests(count: int) -> list[bytes]:
-    """Of parts of the bundled photographs, 112 to 500 pixels a side."""
+    """Of the bundled photographs, resized to 150 to 500 pixels a side."""
     generator = np.random.default_rng(0)
     photographs = [Image.open(file).convert("RGB") for file in sorted((REPO / "examples/photographs").glob("*.jpg"))]
     requests = []
     for index in range(count):
-        width, height = generator.integers(112, 500, 2).tolist()
+        width, height = generator.integers(150, 501, 2).tolist()
         file = BytesIO()
         photographs[index % len(photographs)].resize((width, height)).save(file, "JPEG", quality=90)
         url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -113,89 +118,119 @@ def make_requests(count: int) -> list[bytes]:
     return requests
 
 
-async def ask(request: bytes) -> int:
-    reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+async def ask(port: int, request: bytes) -> int:
+    """The status of the answer, and 0 where there is none."""
     try:
-        writer.write(request)
-        answer = await reader.read()
-        return int(answer.split(maxsplit=2)[1])
-    finally:
-        writer.close()
-
-
-async def open_load(requests: list[bytes], rate: float, seconds: float, seed: int = 0) -> dict:
-    """Requests at the moments of a Poisson process."""
-    generator = np.random.default_rng(seed)
-    due = np.cumsum(generator.exponential(1 / rate, max(1, round(rate * seconds))))
-    start = time.perf_counter()
-    ends: list[tuple[int, float, float]] = []
-
-    async def one(index: int) -> None:
-        await asyncio.sleep(max(0.0, start + due[index] - time.perf_counter()))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            status = await ask(requests[index % len(requests)])
-        except (OSError, IndexError):
-            status = 0
-        now = time.perf_counter() - start
-        ends.append((status, now - due[index], now))
+            writer.write(request)
+            return int((await reader.read()).split(maxsplit=2)[1])
+        finally:
+            writer.close()
+    except (OSError, IndexError):
+        return 0
 
-    await asyncio.gather(*map(one, range(len(due))))
-    latencies = np.array([latency for status, latency, _ in ends if status == 200] or [np.nan]) * 1e3
-    answered = sum(status == 200 for status, *_ in ends)
+
+async def ask_when_due(port: int, requests: list[bytes], due: list[float]) -> list[tuple[int, float, float, float]]:
+    """Of each request its status, and when it was due, sent and answered: seconds since the epoch."""
+
+    async def one(request: bytes, moment: float) -> tuple[int, float, float, float]:
+        await asyncio.sleep(moment - time.time())
+        sent = time.time()
+        return await ask(port, request), moment, sent, time.time()
+
+    return await asyncio.gather(*(one(requests[i % len(requests)], moment) for i, moment in enumerate(due)))
+
+
+def client(port: int, requests: list[bytes], due: list[float]) -> list[tuple[int, float, float, float]]:
+    return asyncio.run(ask_when_due(port, requests, due))
+
+
+def open_load(clients: ProcessPoolExecutor, count: int, port: int, requests: list[bytes], delays: np.ndarray) -> dict:
+    """Requests that are due so long from now, divided among processes."""
+    start = time.time() + 0.3
+    jobs = [
+        clients.submit(client, port, requests[part::count], (start + delays[part::count]).tolist())
+        for part in range(count)
+    ]
+    answers = np.array([answer for job in jobs for answer in job.result()])
+    statuses, due, sent, ends = answers.T
+    latencies = (ends - due)[statuses == 200] * 1e3
     return {
-        "rate": rate,
-        "requests": len(due),
-        "answered": answered,
-        "refused": sum(status == 503 for status, *_ in ends),
-        "failed": sum(status not in (200, 503) for status, *_ in ends),
-        "answered_per_second": answered / max(end for *_, end in ends),
-        "p50_ms": float(np.quantile(latencies, 0.5)),
-        "p99_ms": float(np.quantile(latencies, 0.99)),
+        "requests": len(answers),
+        "answered": len(latencies),
+        "refused": int((statuses == 503).sum()),
+        "failed": int((~np.isin(statuses, (200, 503))).sum()),
+        "answered_per_second": len(latencies) / (ends.max() - start),
+        "p50_ms": float(np.quantile(latencies, 0.5)) if len(latencies) else None,
+        "p99_ms": float(np.quantile(latencies, 0.99)) if len(latencies) else None,
+        "sent_late_p99_ms": float(np.quantile(sent - due, 0.99) * 1e3),
     }
 
 
-async def wait_until_up(process: subprocess.Popen, request: bytes) -> None:
-    while True:
-        if process.poll() is not None:
-            raise SystemExit(f"error: the server ended with {process.returncode}.")
-        try:
-            await ask(request)
-            return
-        except OSError:
-            await asyncio.sleep(0.2)
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
-def resident(process: subprocess.Popen) -> int | None:
+def started(kind: str, port: int, checkpoint: Path, args: argparse.Namespace) -> subprocess.Popen:
+    own = ["--serve", kind, "--port", port, "--checkpoint", checkpoint, "--device", args.device, "--dtype", args.dtype]
+    command = [sys.executable, __file__, *map(str, own), "--max-requests", str(args.max_requests)]
+    return subprocess.Popen(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+
+
+def wait_until_up(server: subprocess.Popen, port: int, request: bytes) -> None:
+    while asyncio.run(ask(port, request)) != 200:
+        if server.poll() is not None:
+            raise SystemExit(f"error: the server ended with {server.returncode}.")
+        time.sleep(0.2)
+
+
+def resident(server: subprocess.Popen) -> int | None:
     """Most bytes that the process has had in memory."""
-    status = Path(f"/proc/{process.pid}/status")
+    status = Path(f"/proc/{server.pid}/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
-def measure(kind: str, checkpoint: Path, requests: list[bytes], args: argparse.Namespace) -> list[dict]:
-    own = ["--serve", kind, "--checkpoint", checkpoint, "--device", args.device, "--dtype", args.dtype]
-    command = [sys.executable, __file__, *map(str, own), "--max-requests", str(args.max_requests)]
-    process = subprocess.Popen(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+def measure(checkpoint: Path, args: argparse.Namespace) -> list[dict]:
+    requests = make_requests(256)
+    ports = {kind: free_port() for kind in args.kinds}
+    servers = {kind: started(kind, port, checkpoint, args) for kind, port in ports.items()}
+    rows = []
     try:
-        asyncio.run(wait_until_up(process, requests[0]))
-        asyncio.run(open_load(requests, args.rates[0], min(3.0, args.seconds), seed=1))  # warms up
-        rows = []
-        for rate in args.rates:
-            row = {
-                "server": kind,
-                **asyncio.run(open_load(requests, rate, args.seconds)),
-                "peak_bytes": resident(process),
-            }
-            rows.append(row)
-            print(
-                f"| {kind} | {rate:g} | {row['answered_per_second']:.1f} | {row['p50_ms']:.0f} | {row['p99_ms']:.0f} | "
-                f"{row['refused'] / row['requests']:.0%} | {row['failed']} |",
-                flush=True,
-            )
-        return rows
+        with ProcessPoolExecutor(args.clients, multiprocessing.get_context("fork")) as clients:
+            for kind, port in ports.items():
+                wait_until_up(servers[kind], port, requests[0])
+            for kind, port in ports.items():
+                for burst in WARM_UP:
+                    open_load(clients, args.clients, port, requests, np.zeros(max(burst, args.clients)))
+                for rate in args.rates:
+                    generator = np.random.default_rng(0)
+                    delays = np.cumsum(generator.exponential(1 / rate, max(args.clients, round(rate * args.seconds))))
+                    row = {"server": kind, "rate": rate}
+                    row |= open_load(clients, args.clients, port, requests, delays)
+                    rows.append(row | {"peak_bytes": resident(servers[kind])})
+                    print(json.dumps(rows[-1]), file=sys.stderr)
     finally:
-        process.terminate()
-        process.wait()
+        for server in servers.values():
+            server.terminate()
+        for server in servers.values():
+            server.wait()
+    return rows
+
+
+def table_of(rows: list[dict], kinds: list[str], rates: list[float]) -> str:
+    def cell(row: dict) -> str:
+        if not row["answered"]:
+            return "none answered"
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        return f"{row['answered_per_second']:.0f}/s, {row['p50_ms']:.0f} and {row['p99_ms']:.0f} ms{failed}"
+
+    found = {(row["server"], row["rate"]): cell(row) for row in rows}
+    lines = [["asked", *kinds], ["---"] * (len(kinds) + 1)]
+    lines += [[f"{rate:g}/s", *(found[kind, rate] for kind in kinds)] for rate in rates]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -206,23 +241,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--checkpoint", help="a converted checkpoint instead of random weights")
     parser.add_argument("--rates", nargs="+", type=float, default=[5], help="requests per second")
-    parser.add_argument("--seconds", type=float, default=20, help="of load at each rate (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3, help="of load at each rate (%(default)s)")
+    parser.add_argument("--clients", type=int, default=4, help="processes that ask (%(default)s)")
     parser.add_argument("--max-requests", type=int, default=256, help="in the server at once (%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.checkpoint, args.device, args.dtype, args.max_requests)
-    requests = make_requests(256)
+        return serve(args.serve, args.checkpoint, args.device, args.dtype, args.max_requests, args.port)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or make_checkpoint(Path(folder), args.layers, args.width, args.dtype)
-        print("| server | asked per second | answered per second | p50, ms | p99, ms | 503 | failed |")
-        print("|---|---|---|---|---|---|---|")
-        rows = [row for kind in args.kinds for row in measure(kind, Path(checkpoint), requests, args)]
+        rows = measure(Path(checkpoint), args)
+    print(table_of(rows, args.kinds, args.rates))
     if args.output:
         device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
-        setting = {name: value for name, value in vars(args).items() if name not in ("output", "serve")}
+        setting = {name: value for name, value in vars(args).items() if name not in ("output", "serve", "port")}
         args.output.write_text(json.dumps({"device": device, "settings": setting, "rows": rows}, indent=1) + "\n")
     return None
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine for one device: workers decode, this process encodes and writes."""
 
+import gc
 import os
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from corpus.inputs import InputError, Part
+from corpus.inputs import InputError, Part, parts_of, table_of_parts
 from corpus.interrupts import Interrupts
 from corpus.models import device_of
 from corpus.options import Options
 from corpus.output import counts_of
 from corpus.readers import FILES_AT_ONCE, read
 from corpus.ring import START_METHOD, Filled, Ring
-from corpus.rows import IdSet
 from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer, packed
@@ -29,15 +29,14 @@ class PackedBatches(IterableDataset):
     """The packed batches of the parts, divided among the workers of a data loader, which need a ring."""
 
     def __init__(self, job: Job, kind: str, parts: list[Part], done: Container[str], ring: Ring | None):
-        self.job, self.kind, self.parts, self.done, self.ring = job, kind, parts, done, ring
+        self.job, self.kind, self.done, self.ring = job, kind, done, ring
+        self.parts = table_of_parts(parts)
 
     def __iter__(self) -> Iterator[Batch | Filled | InputError]:
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        at_once = FILES_AT_ONCE if self.kind == "image" else 1
-        mine = [part for i, part in enumerate(self.parts) if i // at_once % workers == index]
         try:
-            for group in Preparer(self.job).groups(read(mine, self.kind, self.job, self.done)):
+            for group in Preparer(self.job).groups(read(self.mine(index, workers), self.kind, self.job, self.done)):
                 batch = self.ring.fill(group, self.job.keep) if self.ring else packed(group, self.job.keep)
                 if batch is None:
                     return
@@ -45,6 +44,11 @@ class PackedBatches(IterableDataset):
         # Raised here, it would arrive with a traceback in its message.
         except InputError as error:
             yield error
+
+    def mine(self, index: int, workers: int) -> Iterator[Part]:
+        at_once = FILES_AT_ONCE if self.kind == "image" else 1
+        for start in range(index * at_once, len(self.parts), workers * at_once):
+            yield from parts_of(self.parts[start : start + at_once])
 
 
 def unchanged(value: Any) -> Any:
@@ -58,7 +62,7 @@ def decoders(device: str) -> int:
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: Container[str], options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.
@@ -85,7 +89,10 @@ def encode(
     )
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         writer = Writer(sink, pool)
+        # What a worker's collector looks at would be copied.
+        gc.freeze()
         loaded = iter(loader)
+        gc.unfreeze()
         if ring:
             stack.enter_context(ring.served(workers, encoder.device))
         tables = encoder(received(loaded, ring.batch_of if ring else unchanged))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import PIL.Image
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from conversion.messages import printable, without_credentials
@@ -37,6 +38,24 @@ class Part(NamedTuple):
     first_row: int = 0
     # -1 where the file system does not tell.
     size: int = -1
+
+
+def table_of_parts(parts: list[Part]) -> pa.Table:
+    """Parts on their way to processes: Arrow's memory stays shared, of Python's objects each that is seen is copied."""
+    columns: list = [*zip(*parts, strict=True)] if parts else [()] * len(Part._fields)
+    # Linux does not promise UTF-8.
+    columns[Part._fields.index("path")] = map(os.fsencode, columns[Part._fields.index("path")])
+    kinds = {"path": pa.large_binary(), "name": pa.large_string()}
+    return pa.table(
+        {
+            name: pa.array(column, kinds.get(name, pa.int64()))
+            for name, column in zip(Part._fields, columns, strict=True)
+        }
+    )
+
+
+def parts_of(table: pa.Table) -> list[Part]:
+    return [Part(**{**row, "path": os.fsdecode(row["path"])}) for row in table.to_pylist()]
 
 
 class InputError(OSError):

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ import ray.data
 import torch
 
 from conversion.local_code import CODE_FOLDER, local_class
-from corpus.inputs import Part
+from corpus.inputs import Part, table_of_parts
 from corpus.interrupts import Interrupts
 from corpus.options import Options
-from corpus.rows import PATCH_SCHEMA, IdSet, Image, table_of
+from corpus.rows import PATCH_SCHEMA, Image, table_of
 from corpus.settings import Job
 from corpus.sink import Sink
 from corpus.stages import Batch, Encoder, Preparer
@@ -152,7 +152,7 @@ def started(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Options) -> ray.data.Dataset:
+def encoded(job: Job, kind: str, parts: list[Part], done: Container[str], options: Options) -> ray.data.Dataset:
     """
     The stages as a dataset of rows of the output.
 
@@ -170,10 +170,7 @@ def encoded(job: Job, kind: str, parts: list[Part], done: IdSet, options: Option
     preparers = max(1, int((cpus - num_workers * encoder["num_cpus"] - 2 * share) / share))
 
     per_block = max(1, min(FILES_PER_BLOCK, len(parts) // (4 * num_workers))) if kind == "image" else 1
-    blocks = [
-        pa.Table.from_pylist([{**part._asdict(), "path": os.fsencode(part.path)} for part in parts[i : i + per_block]])
-        for i in range(0, len(parts), per_block)
-    ]
+    blocks = [table_of_parts(parts[i : i + per_block]) for i in range(0, len(parts), per_block)]
     device, threads = ("cuda" if gpus else "cpu"), max(1, cpus // num_workers)
     whole = {"batch_size": None, "batch_format": "pyarrow"}
     return (
@@ -231,7 +228,7 @@ class Feed(threading.Thread):
 
 
 def encode(
-    job: Job, kind: str, parts: list[Part], done: IdSet, options: Options, sink: Sink, interrupts: Interrupts
+    job: Job, kind: str, parts: list[Part], done: Container[str], options: Options, sink: Sink, interrupts: Interrupts
 ) -> None:
     """
     Encodes what is not done. Rows that are encoded when something fails, or is interrupted, are written first.

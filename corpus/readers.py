@@ -28,7 +28,7 @@ def read(parts: Iterable[Part], kind: str, job: Job, done: Container[str]) -> It
         InputError: an input is no longer there.
     """
     if kind == "image":
-        yield from read_files([part for part in parts if part.name not in done], job)
+        yield from read_files((part for part in parts if part.name not in done), job)
         return
     reader = read_archive if kind == "archive" else read_row_group
     for part in parts:
@@ -43,7 +43,7 @@ def read(parts: Iterable[Part], kind: str, job: Job, done: Container[str]) -> It
                 yield Image(part.name, detail_of(error), None)
 
 
-def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
+def read_files(parts: Iterable[Part], job: Job) -> Iterator[Image]:
     for some in together(parts):
         for source in dict.fromkeys(part.source for part in some):
             fs, _ = file_system(job.inputs[source])
@@ -64,7 +64,7 @@ def read_files(parts: list[Part], job: Job) -> Iterator[Image]:
                     yield Image(part.name, None, data)
 
 
-def together(parts: list[Part]) -> Iterator[list[Part]]:
+def together(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Files that are read at once."""
     some: list[Part] = []
     for part in parts:

@@ -49,6 +49,11 @@ class IdSet:
         """96 bits, as text: NumPy drops zeros at the end of bytes."""
         return base64.b64encode(hashlib.blake2b(id_.encode(), digest_size=12).digest())
 
+    @staticmethod
+    def split(digests: bytes) -> list[bytes]:
+        """The digests of ids, which are given end to end."""
+        return [digests[start : start + 16] for start in range(0, len(digests), 16)]
+
     def __contains__(self, id_: object) -> bool:
         digest = self.digest(str(id_))
         index = np.searchsorted(self.sorted, digest)

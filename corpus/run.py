@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -23,7 +24,7 @@ from corpus.output import SKIPPED, Output
 from corpus.progress import Progress, Summary, skipped_lines
 from corpus.rows import OUR_COLUMNS
 from corpus.settings import Job, Settings, code_hash, config_of, processor_of, weights_of
-from corpus.shards import keep_shard, mark_complete, output_of, unmark
+from corpus.shards import keep_shard, mark_complete, output_of, passed_over, recorded_shard, unmark
 from corpus.sink import Sink
 from corpus.stages import check_pooling
 from corpus.tables import add_rows
@@ -53,6 +54,8 @@ def run(options: Options) -> None:
         engine = import_module("corpus.on_ray")
     output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
+    if options.num_shards is not None and not output.files() and (other := recorded_shard(options.output)):
+        check_settings(job, *other)
     with Interrupts() as interrupts, output.opened():
         note_settings(output, job, corpus, options)
         output.write_skipped(corpus.skipped)
@@ -80,8 +83,9 @@ def run(options: Options) -> None:
             is_complete = False
             if is_shard:
                 unmark(output)
+            passed = passed_over(corpus, done.ids, options.num_shards, options.shard_index)
             try:
-                engine.encode(job, corpus.kind, parts, done.ids, options, sink, interrupts)
+                engine.encode(job, corpus.kind, parts, passed, options, sink, interrupts)
                 is_complete = not sink.is_full()
             finally:
                 progress.close()
@@ -188,6 +192,20 @@ def check_keep(keep: tuple[str, ...], kind: str, formats: tuple[str, ...]) -> No
         raise ValueError(f"`--keep` names suffixes of texts, in lower case and without the first dot, got {odd[0]!r}.")
 
 
+def check_settings(job: Job, output: Output, record: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the rows there were made with something else.
+    """
+    if found := job.settings.differences(record):
+        was = record["begun"]
+        commit = f" at commit {was['commit']}" if was["commit"] else ""
+        raise ValueError(
+            f"`--output` {output.shown} was begun with {was['model']}{commit}, and its rows were made with "
+            f"something else: {'; '.join(found)}. Give what it was begun with, or another output."
+        )
+
+
 def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) -> None:
     """
     Notes in the output what its rows are made with.
@@ -208,20 +226,13 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
                 f"`--output` {output.shown} holds Parquet files but no record of what they were made with: give "
                 "another output."
             )
-        if found := job.settings.differences(record):
-            was = record["begun"]
-            commit = f" at commit {was['commit']}" if was["commit"] else ""
-            raise ValueError(
-                f"`--output` {output.shown} was begun with {was['model']}{commit}, and its rows were made with "
-                f"something else: {'; '.join(found)}. Give what it was begun with, or another output."
-            )
-        else:
-            was = record["begun"]
-            if was["code"] != begun["code"]:
-                print("The code has changed since this output was begun or last resumed; the rows there are kept.")
-            if was["input"] != begun["input"]:
-                before = " ".join(map(printable, was["input"]))
-                print(f"This output was last given --input {before}; its ids are taken for those of this input.")
+        check_settings(job, output, record)
+        was = record["begun"]
+        if was["code"] != begun["code"]:
+            print("The code has changed since this output was begun or last resumed; the rows there are kept.")
+        if was["input"] != begun["input"]:
+            before = " ".join(map(printable, was["input"]))
+            print(f"This output was last given --input {before}; its ids are taken for those of this input.")
     new = {**asdict(job.settings), "begun": begun}
     if record != new:
         output.write_record(new)

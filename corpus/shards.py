@@ -5,14 +5,20 @@
 import hashlib
 import json
 import re
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any
 
-from corpus.inputs import Corpus
+from corpus.inputs import Corpus, is_manifest
 from corpus.output import SETTINGS, Output
 from corpus.rows import IdSet
 
 
 # Of a shard, once all of its images have rows.
 COMPLETE = ".complete"
+
+# For what others were made with: on an object store each takes a while, and all are begun alike.
+SHARDS_LOOKED_AT = 16
 
 
 def name_of(index: int, count: int) -> str:
@@ -63,20 +69,80 @@ def output_of(location: str, count: int | None, index: int | None) -> Output:
     return Output(f"{location.rstrip('/')}/{name_of(index, count)}")
 
 
+def manifests_of(corpus: Corpus) -> frozenset[str]:
+    return frozenset(filter(is_manifest, corpus.stamps)) if corpus.kind == "parquet" else frozenset()
+
+
 def keep_shard(corpus: Corpus, count: int, index: int) -> None:
-    """Leaves of a corpus the files of one shard: images by their ids, archives and Parquet files each as a whole."""
-    names = {name for name in corpus.stamps if shard_of(name, count) == index}
+    """
+    Leaves of a corpus the files of one shard: images by their ids, archives and Parquet files each as a whole, and all
+    manifests, of which it leaves the rows by their ids.
+    """
+    manifests = manifests_of(corpus)
+    names = manifests | {name for name in corpus.stamps if shard_of(name, count) == index}
     corpus.parts = [part for part in corpus.parts if part.name in names]
     corpus.skipped = [item for item in corpus.skipped if shard_of(item[0], count) == index]
     corpus.stamps = {name: stamp for name, stamp in corpus.stamps.items() if name in names}
     corpus.rows = {name: rows for name, rows in corpus.rows.items() if name in names}
     corpus.digests = {name: digests for name, digests in corpus.digests.items() if name in names}
-    if corpus.kind == "image":
+    if corpus.ids is not None:
+        for name in manifests:
+            corpus.digests[name] = b"".join(
+                digest for digest in IdSet.split(corpus.digests[name]) if shard_of_digest(digest, count) == index
+            )
+        corpus.ids = IdSet(digests=b"".join(corpus.digests.values()))
+        corpus.total = len(corpus.ids)
+    elif corpus.kind == "image":
         corpus.total = len(corpus.parts)
     elif corpus.total is not None:
-        corpus.total = sum(corpus.rows.values())
-    if corpus.ids is not None:
-        corpus.ids = IdSet(digests=b"".join(corpus.digests.values()))
+        others = Others(IdSet(), None, manifests, count, index)
+        of_manifests = (f"{name}#{row}" for name in manifests for row in range(corpus.rows[name]))
+        corpus.total = sum(rows for name, rows in corpus.rows.items() if name not in manifests)
+        corpus.total += sum(id_ not in others for id_ in of_manifests)
+
+
+def shard_of_digest(digest: bytes, count: int) -> int:
+    return shard_of(digest.decode(), count)
+
+
+@dataclass(frozen=True)
+class Others:
+    """
+    The ids that readers of a shard pass over: those that are done, and those of rows of manifests that are of other
+    shards. `ids` are those of the shard, where a column holds them.
+    """
+
+    done: Container[str]
+    ids: IdSet | None
+    manifests: frozenset[str]
+    count: int
+    index: int
+
+    def __contains__(self, id_: object) -> bool:
+        text = str(id_)
+        if self.ids is not None:
+            is_other = text not in self.ids
+        else:
+            is_of_manifest = text.rpartition("#")[0] in self.manifests
+            is_other = is_of_manifest and shard_of_digest(IdSet.digest(text), self.count) != self.index
+        return is_other or text in self.done
+
+
+def passed_over(corpus: Corpus, done: IdSet, count: int | None, index: int | None) -> Container[str]:
+    """What is not to be read of the files of a run: what is done, and in a shard the rows of others."""
+    manifests = manifests_of(corpus)
+    if count is None or index is None or not manifests:
+        return done
+    return Others(done, corpus.ids, manifests, count, index)
+
+
+def recorded_shard(location: str) -> tuple[Output, dict[str, Any]] | None:
+    """The first of some shards that has rows, with what they were made with."""
+    for name in sorted(shards_in(Output(location)))[:SHARDS_LOOKED_AT]:
+        shard = Output(f"{location.rstrip('/')}/{name}")
+        if shard.files() and (record := shard.record()) is not None:
+            return shard, record
+    return None
 
 
 def rows_and_errors(output: Output) -> tuple[int, int]:
@@ -99,6 +165,25 @@ def mark_complete(output: Output) -> None:
 def unmark(output: Output) -> None:
     if output.fs.exists(f"{output.path}/{COMPLETE}"):
         output.fs.rm_file(f"{output.path}/{COMPLETE}")
+
+
+def marker_of(output: Output) -> object:
+    """What the marker says, or None where there is none that can be read."""
+    try:
+        return json.loads(output.content_of(COMPLETE))
+    # What is nested too deep ends in RecursionError.
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def state_of(output: Output) -> tuple[str, str]:
+    """Complete where the rows are those that the marker tells of, else begun; and what is there."""
+    try:
+        rows, errors = rows_and_errors(output)
+    except ValueError as error:
+        return "begun", str(error)
+    is_complete = marker_of(output) == {"rows": rows, "errors": errors}
+    return "complete" if is_complete else "begun", f"{rows:,} rows, {errors:,} errors"
 
 
 def status_lines(location: str) -> list[str]:
@@ -124,8 +209,8 @@ def status_lines(location: str) -> list[str]:
             lines.append(f"{name}  missing")
             continue
         output = Output(f"{location.rstrip('/')}/{name}")
-        states.append("complete" if output.fs.exists(f"{output.path}/{COMPLETE}") else "begun")
-        rows, errors = rows_and_errors(output)
-        lines.append(f"{name}  {states[-1]}  {rows:,} rows, {errors:,} errors")
+        state, found = state_of(output)
+        states.append(state)
+        lines.append(f"{name}  {state}  {found}")
     summary = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "begun", "missing"))
     return [f"{count} shards of {whole.shown}: {summary}.", *lines]

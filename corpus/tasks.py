@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Ray's tasks do. Nothing here imports torch, which would take longer than the tasks."""
 
-import os
 from collections.abc import Container, Iterator
 
 import pyarrow as pa
 
-from corpus.inputs import Part
+from corpus.inputs import parts_of
 from corpus.output import Counts, Output, counts_of
 from corpus.readers import read
 from corpus.rows import IMAGE_SCHEMA, table_of, with_kept
@@ -21,11 +20,10 @@ FILES_PER_BLOCK = 64
 
 def read_stage(table: pa.Table, kind: str, job: Job, done: Container[str]) -> Iterator[pa.Table]:
     """Parts of the input to `IMAGE_SCHEMA`, less the rows that are done."""
-    parts = [Part(**{**row, "path": os.fsdecode(row["path"])}) for row in table.to_pylist()]
     schema = with_kept(IMAGE_SCHEMA, job.keep)
     rows: list[tuple] = []
     size = 0
-    for image in read(parts, kind, job, done):
+    for image in read(parts_of(table), kind, job, done):
         rows.append(image[: len(schema)])
         size += len(image.data or b"")
         if size > BYTES_PER_BLOCK or len(rows) == FILES_PER_BLOCK:

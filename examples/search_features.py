@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 from corpus.models import load_model, load_processor, model_folder
 from corpus.output import Output
 from corpus.settings import Settings, weights_of
+from corpus.shards import recorded_shard
 from corpus.stages import POOLINGS
 
 
@@ -78,7 +79,8 @@ class Encoder:
     """
 
     def __init__(self, output: str, model: str | None):
-        record = Output(output).record()
+        shard = recorded_shard(output)
+        record = shard[1] if shard else Output(output).record()
         if record is None:
             raise ValueError(f"{output} has no record of its model: give --query, the id of an image.")
         begun = record["begun"]

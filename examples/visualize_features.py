@@ -83,7 +83,7 @@ def sheet_of(rows: list[tuple[str, list]], footer: str) -> PIL.Image.Image:
     """One row of panels per image under its name, in three columns with headings."""
     column_width = max(PANEL_WIDTH // 2, *(panels[0].width for _, panels in rows)) + MARGIN
     heights = [LINE + panels[0].height + MARGIN for _, panels in rows]
-    sheet = PIL.Image.new("RGB", (3 * column_width + MARGIN, sum(heights) + 2 * (LINE + MARGIN)), "white")
+    sheet = PIL.Image.new("RGB", (3 * column_width + MARGIN, sum(heights) + 3 * LINE + 2 * MARGIN), "white")
     draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(12)
 
     def write(text: str, left: int, top: int, width: int, colour: str) -> None:
@@ -102,6 +102,13 @@ def sheet_of(rows: list[tuple[str, list]], footer: str) -> PIL.Image.Image:
         for column, panel in enumerate(panels):
             sheet.paste(panel, (MARGIN + column * column_width, top + LINE))
         top += height
+    left, width = MARGIN + 2 * column_width, column_width - MARGIN
+    write("least", left, top, width, "dimgray")
+    write("1", left + width - LINE // 2, top, LINE, "dimgray")
+    # From black to white, as the similarities.
+    shades = PIL.Image.linear_gradient("L").transpose(PIL.Image.Transpose.ROTATE_90)
+    sheet.paste(shades.resize((width - 4 * LINE, LINE // 2)), (left + 2 * LINE, top + LINE // 4))
+    top += LINE
     write(footer, MARGIN, top, sheet.width - 2 * MARGIN, "black")
     return sheet
 

@@ -64,7 +64,7 @@ DEPRECATIONS = [
     # huggingface_hub's uploads through httpx.
     "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning",
     # torch's own compiler on a GPU.
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated",
     # Ray sets its own deprecated fields.
     "ignore::DeprecationWarning:ray.data.context",
 ]

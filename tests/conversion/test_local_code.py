@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clone's own code: one class each for all who load it; its types, as the package that the files become."""
 
+import dis
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
 
 import pytest
 from image_text_checkpoints import Aimv2PackingImageTextConfig, Aimv2PackingImageTextModel
@@ -71,3 +73,17 @@ def test_a_wrong_call_between_the_files_is_refused(lines, complaint, checked_pac
     finally:
         file.write_text(sound)
     assert complaint in said
+
+
+def names_shared(code: CodeType) -> set[str]:
+    """The names that a comprehension has for itself, and a closure beside it shares; from 3.12 on it is inlined."""
+    parts = [part for part in code.co_consts if isinstance(part, CodeType)]
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_FAST_AND_CLEAR"}
+    own.update(*(part.co_varnames for part in parts if part.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>")))
+    return (own & set(code.co_cellvars)).union(*map(names_shared, parts))
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("*_aimv2_packing.py")), ids=lambda path: path.name)
+def test_comprehensions_share_no_name_with_a_closure(path):
+    """CPython 3.13.0 crashes where a tracer or debugger reads the locals of one that does (gh-128396)."""
+    assert names_shared(compile(path.read_text(), path.name, "exec")) == set()

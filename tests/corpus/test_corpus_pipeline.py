@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between the processes: buffers that workers fill, copies to and from a device, and the thread that writes."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from corpora import IMAGES, extract, rows_of, write_images
 from reference import REPO
 
 from corpus import in_process, ring
+from corpus.inputs import Part, corpus_of
 from corpus.output import Output
+from corpus.readers import read
 from corpus.stages import Encoder
 
 
@@ -109,12 +112,42 @@ def test_workers_end_with_the_command(head_repo: Path, tmp_path: Path, end: sign
         assert run.stdout is not None and run.stdout.readline() == "batch\n"
     workers = psutil.Process(run.pid).children(recursive=True)
     assert len(workers) >= 2
+    for process in (run.pid, *(worker.pid for worker in workers)):
+        maps = Path(f"/proc/{process}/maps").read_text().splitlines()
+        opened = [os.path.realpath(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+        # What has no name is gone with the last process that holds it, however that ends.
+        assert not [name for name in maps + opened if "/dev/shm/" in name and not name.endswith(" (deleted)")]
     run.send_signal(end)
     run.wait(timeout=30)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     if end == signal.SIGINT:
         assert 0 < len(rows_of(tmp_path / "out")) < len(MANY)
+
+
+def test_workers_have_no_copies_of_the_names(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, notes, count = write_images(tmp_path / "in"), tmp_path / "notes", 100_000
+    notes.mkdir()
+
+    def with_many_more(*arguments):
+        corpus = corpus_of(*arguments)
+        names = (f"{'x' * 80}{number}.png" for number in range(count))
+        corpus.parts += [Part(0, f"/nowhere/{name}", name) for name in names]
+        return corpus
+
+    def noting(parts, *arguments):
+        before = psutil.Process().memory_full_info().uss
+        real = [part for part in parts if not part.path.startswith("/nowhere")]
+        gc.collect()
+        (notes / f"{os.getpid()}").write_text(str(psutil.Process().memory_full_info().uss - before))
+        return read(real, *arguments)
+
+    monkeypatch.setattr("corpus.run.corpus_of", with_many_more)
+    monkeypatch.setattr(in_process, "read", noting)
+    monkeypatch.setattr(in_process, "decoders", lambda device: 2)
+    assert extract(head_repo, source, tmp_path / "out").keys() == IMAGES.keys()
+    bytes_of_each = [int(note.read_text()) / count for note in notes.iterdir()]
+    assert len(bytes_of_each) == 2 and max(bytes_of_each) < 80
 
 
 def test_a_thread_writes_and_the_command_publishes(

@@ -81,6 +81,20 @@ def test_a_picture_finds_itself(rows, tmp_path: Path, missing: str | None, monke
     assert [value for _, value in actual] == pytest.approx([value for _, value in expected], abs=2e-4)
 
 
+def test_a_picture_finds_itself_in_shards(head_repo: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    source, output = write_images(tmp_path / "in"), tmp_path / "out"
+    for index in range(2):
+        extract(head_repo, source, output, num_shards=2, shard_index=index, pooling="mean")
+    capsys.readouterr()
+    run(monkeypatch, output, "--query", "3.png", "--count", 100)
+    expected = found(capsys)
+    assert len(expected) == len(IMAGES)
+    run(monkeypatch, output, "--query-image", source / "3.png", "--count", 100)
+    actual = found(capsys)
+    assert [id_ for id_, _ in actual] == [id_ for id_, _ in expected] and actual[0] == ("3.png", 1.0)
+    assert [value for _, value in actual] == pytest.approx([value for _, value in expected], abs=2e-4)
+
+
 def test_words_find_pictures(tmp_path: Path, monkeypatch, capsys) -> None:
     """Against the image-text model's own pooled features."""
     torch.manual_seed(0)

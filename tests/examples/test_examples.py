@@ -186,6 +186,9 @@ def test_the_committed_picture():
     assert (EXAMPLES / "features.png").stat().st_size < 400_000
     with PIL.Image.open(EXAMPLES / "features.png") as picture:
         assert picture.format == "PNG"
+        # The scale of similarities, above the last line: black to white.
+        scale = np.asarray(picture.convert("L"))[-32, -270:-50].astype(int)
+        assert scale[0] < 25 and scale[-1] > 230 and (np.diff(scale) >= 0).all()
 
 
 # Each takes a process of its own: one native, one fixed and with a head.

@@ -188,7 +188,7 @@ def test_a_global_hook_sees_every_linear_layer(packed, inputs):
     assert seen.count(nn.Linear) == 7 * packed.config.num_hidden_layers
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives_equal_those_by_differences(inputs):
     packed = packing_model(reference_model(torch.float64))
     patches = inputs["hidden_states"].double()
@@ -272,7 +272,7 @@ def test_a_default_device_does_not_matter_and_other_function_modes_do(packed, in
         assert outcome(packed, inputs) == "a function mode is on"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_transforms_of_torch_func_take_the_plain_path(packed, inputs):
     seen = []
 

@@ -174,8 +174,7 @@ def test_a_program_for_one_size_refuses_other_batches(name):
         exported(*mixed.values())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_for_one_size_refuses_other_batches():
     packed = packing_model(reference_model(use_head=True))
@@ -316,7 +315,7 @@ def test_the_model_exports_for_one_mixed_layout(name):
         assert (exported(other["hidden_states"]) - packed(**other).last_hidden_state).abs().max() < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_the_model_traces_for_one_mixed_layout():
     packed = packing_model(reference_model(use_head=True))
     inputs = pack(random_images(ODD_GRIDS))

@@ -234,7 +234,6 @@ def test_files_are_those_of_a_model_that_was_never_laid(saver, tmp_path):
 
 def save(saver: str, model, folder) -> dict[str, int]:
     """Saves the model and returns the files that hold weights, and their sizes."""
-    from accelerate import Accelerator
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_model
 
@@ -253,7 +252,8 @@ def save(saver: str, model, folder) -> dict[str, int]:
     elif saver == "save_torch_state_dict":
         save_torch_state_dict(model.state_dict(), folder)
     else:
-        Accelerator(cpu=DEVICE == "cpu").save_model(model, folder)
+        accelerate = pytest.importorskip("accelerate", reason="needs requirements-scale.txt")
+        accelerate.Accelerator(cpu=DEVICE == "cpu").save_model(model, folder)
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")}
 
 
@@ -377,10 +377,10 @@ def test_whatever_writes_to_weights_is_seen(packed, inputs, write):
 
 @gpu
 def test_after_an_adapter_is_merged_and_unmerged_features_are_the_new_ones(packed, inputs):
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft", reason="needs requirements-scale.txt")
     before, old = agree(packed, inputs), features(packed, inputs)
-    adapted = get_peft_model(packed, LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]))
+    lora = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+    adapted = peft.get_peft_model(packed, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -448,9 +448,7 @@ def test_data_parallel_training_and_sharding_read_and_write_them(packed, inputs)
 
 @gpu
 def test_accelerate_saves_and_loads_its_state(packed, inputs, tmp_path):
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    accelerator = pytest.importorskip("accelerate", reason="needs requirements-scale.txt").Accelerator()
     prepared = accelerator.prepare(packed)
     expected = features(packed, inputs, times=3)
     accelerator.save_state(str(tmp_path))

@@ -172,8 +172,7 @@ def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
             assert (weights - other).abs().max() < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_attention_maps_of_a_program_for_any_mix_are_refused():
     """It does not know how many segments there are."""

@@ -1,12 +1,14 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""CI, the workflow and the commit hooks run the same targets of the Makefile."""
+"""CI, the workflow and the commit hooks run the same targets of the Makefile; the test matrix runs what it says."""
 
 import re
 import subprocess
+import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from reference import REPO
 
 
@@ -46,3 +48,13 @@ def test_style_mends_what_quality_checks():
 @pytest.mark.parametrize("target", CHECKS)
 def test_contributing_names_the_checks(target):
     assert f"`{target}`" in (REPO / "CONTRIBUTING.md").read_text()
+
+
+def test_the_newest_releases_are_installed_without_our_upper_bounds():
+    newest = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["tox"]["env"]["newest"]
+    (command,) = newest["commands_pre"]
+    assert command[:5] == ["python", "-m", "pip", "install", "--upgrade"]
+    lines = [line for path in REPO.glob("requirements*.txt") for line in path.read_text().splitlines()]
+    ours = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+    bounded = {requirement.name for requirement in ours if "<" in str(requirement.specifier)}
+    assert set(command[5:]) == bounded != set()

@@ -109,14 +109,14 @@ NOT_RUN = {
     ("docs/image_text.md", 'pip install "sentence-transformers>=6.2"'): PACKAGES,
     ("docs/images.md", "pip install av"): PACKAGES,
     ("docs/images.md", "make test-torchvision"): PACKAGES,
-    ("docs/serving.md", "pip install -r requirements-serve.txt"): PACKAGES,
+    ("docs/serving.md", "pip install -r requirements-serve.txt openai"): PACKAGES,
     (
         "docs/serving.md",
         "python examples/serve.py --checkpoint aimv2-lit-packed",
     ): "is started by `start_server`",
     (
         "docs/serving.md",
-        "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800",
+        "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800 1600",
     ): GPU,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (

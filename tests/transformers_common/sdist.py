@@ -1,7 +1,7 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-transformers' common tests, from the sdist that `make test-common` downloads: a wheel has no tests.
+transformers' common tests, from the sdist that download.py fetches: a wheel has no tests.
 
 The sdist holds the files of `tests/` and none of its folders. What the common tests import from there has a stand-in
 here.
@@ -45,8 +45,8 @@ def common_tests(name: str) -> ModuleType:
     """The file `tests/{name}.py` of the sdist as a module; the test file that asks is skipped where there is none."""
     if not (TESTS / "__init__.py").is_file():
         pytest.skip(
-            f"transformers {transformers.__version__}'s own tests are not in {TESTS.relative_to(REPO)}: `make "
-            "test-common` downloads those of the pinned version",
+            f"transformers {transformers.__version__}'s own tests are not in {TESTS.relative_to(REPO)}: python "
+            "tests/transformers_common/download.py",
             allow_module_level=True,
         )
     if PACKAGE not in sys.modules:
