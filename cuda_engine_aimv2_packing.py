@@ -56,8 +56,8 @@ Attention = Callable[..., torch.Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list. As many as
-# a batch may have that has a graph by default.
+# Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list. A batch
+# that has a graph by default is not divided.
 PATCHES_PER_PRODUCT = 20480
 
 # Hidden states of layers that a graph may keep: of so many times the patches of the largest graph.
