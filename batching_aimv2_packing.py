@@ -7,7 +7,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
-from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
@@ -248,6 +247,25 @@ class PackedStream(IterableDataset):
         return length
 
 
+def sizes_of(entry: Any, index: int) -> list[list[int]]:
+    """
+    Height and width of each image of an example, given as one such pair or a list of them.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        sizes = np.asarray(entry)
+    except ValueError:  # pairs and others
+        sizes = np.empty(1, dtype=object)
+    if sizes.size and (sizes.dtype.kind not in "iu" or sizes.ndim not in (1, 2) or sizes.shape[-1] != 2):
+        raise ValueError(
+            "`image_sizes` must hold a pair of integers, (height, width) in pixels, or a list of such pairs per "
+            f"example, got {entry!r} for example {index}."
+        )
+    return sizes.reshape(-1, 2).tolist()
+
+
 def images_of(example: Any, image_column: str) -> list:
     """The images of an example: of a list or a 4-dimensional array all, of `None` none."""
     value = example[image_column] if isinstance(example, Mapping) else example
@@ -295,7 +313,9 @@ def collated(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
         from transformers.data.data_collator import DataCollatorForSeq2Seq
 
         values = [{name: torch.as_tensor(row[name]).tolist() for name in texts} for row in rows]
-        batch.update(DataCollatorForSeq2Seq(tokenizer)(values))
+        padded_texts = DataCollatorForSeq2Seq(tokenizer)(values)
+        # Where no text is a label, it gives `labels` as `None`.
+        batch.update({name: value for name, value in padded_texts.items() if value is not None})
     return {name: batch[name] for name in [*columns, *batch] if name in batch}
 
 
@@ -374,14 +394,10 @@ class PackedBatchesMixin:
             kwargs: `shuffle`, `seed`, `num_replicas`, `rank` and `drop_last` of [`PatchBudgetBatchSampler`].
 
         Raises:
-            ValueError: an example exceeds the budget, or has a size that the call would refuse.
+            ValueError: an example exceeds the budget, or has a size that is none or that the call would refuse.
         """
         count = self.target_size(images_kwargs).num_patches
-        num_patches = []
-        for entry in image_sizes:
-            sizes = list(entry)
-            is_one = len(sizes) == 2 and all(isinstance(side, Integral) for side in sizes)
-            num_patches.append(sum(count(*size) for size in ([sizes] if is_one else sizes)))
+        num_patches = [sum(count(*size) for size in sizes_of(entry, index)) for index, entry in enumerate(image_sizes)]
         return PatchBudgetBatchSampler(num_patches, max_patches_per_batch, **kwargs)
 
     def packing(

@@ -10,6 +10,7 @@ Letters in the comments: N patches of all images together, S segments, D hidden 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from numbers import Integral
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -132,7 +135,7 @@ def segment_attention(
     if one_query:
         cu_seqlens_q, max_seqlen_q = torch.arange(num_segments + 1, dtype=torch.int32, device=query.device), 1
 
-    if is_flash_attention_requested(module.config):
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
         output, _ = attention_interface(
             module,
             *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),  # (1, H, N, K)
@@ -160,15 +163,23 @@ def segment_attention(
         return attention_interface(module, query, key, value, attention_mask=mask[None, None], **shared)[0].squeeze(0)
 
     runs = runs or ((num_segments, key.shape[0] // num_segments),)
-    keys_per_run = [segments * length for segments, length in runs]
-    queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
+    states_of_runs = [(query, key, value)]
+    if len(runs) > 1:
+        keys_per_run = [segments * length for segments, length in runs]
+        queries_per_run = [segments for segments, _ in runs] if one_query else keys_per_run
+        states_of_runs = list(
+            zip(query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True)
+        )
     outputs = []
     # Not `segments`: early CPython 3.13 crashes when a tracer reads a closure's name in a comprehension (gh-128396).
-    for (count, _), *states in zip(
-        runs, query.split(queries_per_run), key.split(keys_per_run), value.split(keys_per_run), strict=True
-    ):
+    for (count, _), states in zip(runs, states_of_runs, strict=True):
         queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
-        output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
+        if attention_interface is not sdpa_attention_forward:
+            output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
+        else:
+            # What it comes to without a mask; its checks take the host a fifth of attention.
+            output = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=shared["scaling"])
+            output, weights = output.transpose(1, 2), None
         outputs.append(output.flatten(0, 1))
         if maps is not None:
             maps += weights.unbind(0)
@@ -187,6 +198,8 @@ DETERMINISTIC = {
 }
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# What torch's `set_checkpoint_debug_enabled` and `set_checkpoint_early_stop` set; `None` outside them.
+SET_BY_CONTEXTS = ("_checkpoint_debug_enabled", "_enable_checkpoint_early_stop")
 
 
 class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
@@ -208,6 +221,8 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
             or may_draw_random_numbers(self)
         ):
             return function
+        if function.func is torch_checkpoint.checkpoint and keywords == {"use_reentrant": False}:
+            function = partial(checkpoint, **keywords)
         return partial(function, preserve_rng_state=False)
 
     @_gradient_checkpointing_func.setter
@@ -215,12 +230,92 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
         self.__dict__["_gradient_checkpointing_func"] = function
 
 
+def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bool) -> torch.Tensor:
+    """
+    [`~torch.utils.checkpoint.checkpoint`] with `use_reentrant=False, preserve_rng_state=False`, and its results. Torch
+    keeps books on each saved tensor, which takes the host nearly as long as a layer; what is kept here is an index.
+    """
+    if (
+        not args  # a layer called by keywords
+        or not torch.is_grad_enabled()
+        or any(getattr(torch_checkpoint, name, None) is not None for name in SET_BY_CONTEXTS)
+        or not torch.amp.is_autocast_available(args[0].device.type)
+    ):
+        return torch_checkpoint.checkpoint(function, *args, **keywords)
+    forward = RepeatedForward(function, *args)
+    with saved_tensors_hooks(forward.pack, forward.unpack):
+        return function(*args)
+
+
+class SavedInput(torch.autograd.Function):
+    """Saves a tensor as other operations do: through the caller's hooks, and so that a later change is noticed."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.new_empty(0)
+
+
+class StopForwardError(Exception):
+    """All that was saved is there again."""
+
+
+class RepeatedForward:
+    """What a forward saves for its backward pass, computed a second time when that pass asks for it."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any):
+        self.function, self.args = function, args
+        self.input: Any = SavedInput.apply(torch.empty(0, requires_grad=True), hidden_states)
+        device_type = hidden_states.device.type
+        self.autocast = torch.autocast(
+            device_type,
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_enabled(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+        self.kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        self.kinds.append((tensor.shape, tensor.dtype))
+        return len(self.kinds) - 1
+
+    def unpack(self, index: int) -> torch.Tensor:
+        if index not in self.tensors:
+            self.repeat()
+        return self.tensors.pop(index)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        index = len(self.tensors)
+        if (tensor.shape, tensor.dtype) != self.kinds[index]:
+            raise torch_checkpoint.CheckpointError(
+                f"Tensor {index} that a checkpointed layer saves is {tensor.dtype} of shape {tuple(tensor.shape)} in "
+                f"the backward pass, but was {self.kinds[index][1]} of shape {tuple(self.kinds[index][0])} before: "
+                "the layer was changed in between."
+            )
+        self.tensors[index] = tensor.detach()
+        if index + 1 == len(self.kinds):
+            raise StopForwardError
+
+    def repeat(self) -> None:
+        self.tensors.clear()
+        # Nothing unpacks in the second graph.
+        with torch.enable_grad(), self.autocast, saved_tensors_hooks(self.keep, id), suppress(StopForwardError):
+            self.function(*self.input.grad_fn.saved_tensors, *self.args)
+        if len(self.tensors) != len(self.kinds):
+            raise torch_checkpoint.CheckpointError(
+                f"A checkpointed layer saves {len(self.tensors)} tensors in the backward pass, but saved "
+                f"{len(self.kinds)} before: the layer was changed in between."
+            )
+
+
 def may_draw_random_numbers(layer: nn.Module) -> bool:
     """Whether a forward in training may draw random numbers: by dropout, or by code that is not known here."""
-    config = layer.config
-    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(config._attn_implementation)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
-    if config.attention_dropout or not (interface is known or is_flash_attention_requested(config)):
+    implementation = layer.config._attn_implementation
+    known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(implementation)
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    if layer.config.attention_dropout or not (interface is known or flash):
         return True
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
@@ -349,7 +444,6 @@ class Aimv2PackingEncoder(nn.Module):
     def __init__(self, config: Aimv2PackingConfig):
         super().__init__()
         self.layers = nn.ModuleList([Aimv2PackingEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -416,6 +510,12 @@ class Aimv2PackingPreTrainedModel(PreTrainedModel):
     _auto_class = "AutoModel"
     # What a checkpoint may lack; anything, of a class of one's own.
     _newly_initialized: tuple[str, ...] | None = None
+
+    @property
+    def merge_temporal(self) -> bool:
+        """Whether the frames of a clip attend to each other; transformers' exporters ask for it under this name."""
+        config: Any = getattr(self.config, "vision_config", self.config)
+        return config.merge_temporal
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
+from conversion.atomic_folder import sync
 from conversion.messages import printable
 from corpus.inputs import file_system, shown
 
@@ -215,8 +217,11 @@ class Output:
     def move(self, name: str) -> None:
         """Makes an unfinished file part of the output, or puts it in the place of the one of the same name."""
         source, target = f"{self.path}/{UNFINISHED}/{name}", f"{self.path}/{name}"
-        if isinstance(self.fs, LocalFileSystem):
+        if self.is_local:
+            # Or after a power cut the name may be there, and the content not.
+            sync(Path(source))
             os.replace(source, target)
+            sync(Path(self.path))
         else:
             self.fs.cp_file(source, target)
             self.fs.rm_file(source)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from filelock import FileLock
 from huggingface_hub import constants
 
+from conversion.atomic_folder import sync
 from conversion.messages import printable
 
 
@@ -142,6 +143,7 @@ def file_hash(file: Path) -> str:
         with FileLock(folder / ".lock"):
             unfinished = folder / ".unfinished"
             unfinished.write_text(digest)
+            sync(unfinished)
             os.replace(unfinished, remembered)
     return digest
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/distributed.py in two processes, with tiny models."""
+"""benchmarks/distributed.py and data_parallel.py in two processes, with tiny models."""
 
 import json
 from pathlib import Path
@@ -52,3 +52,13 @@ def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
     parts = json.loads(output.read_text())["parts"]
     assert {name: part for name, part in parts.items() if name != "encoding_large"} == left["parts"]
     assert parts["encoding_large"]["many"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_every_setting_of_ddp_is_measured_against_one_process(device: str) -> None:
+    options = ["--patches", "512", "--steps", "2", "--repeats", "1"]
+    output = run_processes(REPO / "benchmarks" / "data_parallel.py", "--device", device, "--small", *options)
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert {"alone", "beside", "DDP, no_sync", "DDP", "views, static"} <= {line["way"] for line in lines}
+    assert len(lines) == 10 and all(line["step_ms"] > 0 and line["efficiency"] > 0 for line in lines)
+    assert lines[0]["way"] == "alone" and lines[0]["efficiency"] == 1

@@ -3,6 +3,7 @@
 """What is done is decided by ids; what an output was made with is decided by content."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,37 @@ def test_missing_weights_are_refused(head_repo: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lack"):
         extract(repo, source, tmp_path / "out")
     assert not rows_of(tmp_path / "out")
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(head_repo: Path, tmp_path: Path, monkeypatch) -> None:
+    """What a power cut leaves under the name of a file is that file: rows, rows done again, record and hashes."""
+    monkeypatch.setattr(corpus_settings.constants, "HF_HOME", str(tmp_path / "home"))
+    source, output = write_images(tmp_path / "in", {"a.png": GOOD, "b.png": BAD, "c.png": GOOD}), tmp_path / "out"
+    forced: set[int] = set()
+    published: list[Path] = []
+    names_forced = 0
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        nonlocal names_forced
+        real(descriptor)
+        forced.add(os.fstat(descriptor).st_ino)
+        if os.path.samestat(os.fstat(descriptor), os.stat(output)):
+            names_forced = len(published)
+
+    def replace(before: str, after: str, real=os.replace) -> None:
+        assert os.stat(before).st_ino in forced, after
+        real(before, after)
+        published.append(Path(after))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    extract(head_repo, source, output, rows_per_file=2)
+    write_images(source, {"b.png": GOOD})
+    extract(head_repo, source, output, retry_errors=True)
+    assert {file.name for file in published} >= {".settings.json", *files_of(output)}
+    assert any(file.is_relative_to(tmp_path / "home") for file in published)
+    assert published[names_forced - 1].parent == output
+    assert not any(file.parent == output for file in published[names_forced:])
 
 
 def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from clients import (
     serving,
     wait_for,
 )
+from reference import hub_module
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +300,23 @@ def test_without_its_packages_the_command_says_what_to_install(missing, serve, m
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"^error: .*{missing}.* pip install -r .*/requirements-serve\.txt"):
         importlib.import_module("serve")
+
+
+class Tower(torch.nn.Module):
+    def __init__(self, device: str, error: type[Exception] | None = None):
+        super().__init__()
+        self.device, self.error = torch.device(device), error
+        self.captured: list[int] = []
+
+    def capture_cuda_graphs(self, lengths: list[int]) -> None:
+        self.captured += lengths
+        if self.error:
+            raise self.error
+
+
+def test_on_a_gpu_graphs_of_small_batches_are_captured_before_the_first_request(serve):
+    batching, padded_size = importlib.import_module("dynamic_batching"), hub_module("cuda_engine").padded_size
+    on_gpu, on_cpu, refused = Tower("cuda"), Tower("cpu"), Tower("cuda", ValueError)
+    batching.capture_cuda_graphs(torch.nn.Sequential(on_gpu, torch.nn.Sequential(on_cpu), refused))
+    assert set(map(padded_size, on_gpu.captured)) == {padded_size(patches) for patches in range(1, 4097)}
+    assert on_cpu.captured == [] and refused.captured == [64]

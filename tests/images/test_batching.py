@@ -64,9 +64,12 @@ def test_videos_of_every_form(processor):
     for videos in ([frames, pictures], [torch.from_numpy(video), video.transpose(0, 3, 1, 2)], np.stack([video] * 2)):
         inputs = processor.preprocess_videos(videos, return_tensors="pt")
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-    for one in (video, frames, pictures, [video]):
+    for one in (video, frames, tuple(frames), pictures, [video]):
         inputs = processor.preprocess_videos(one, return_tensors="np")
         assert np.array_equal(inputs["grid_thw"], expected["grid_thw"][:1])
+    for of_one_frame in (frames[:1], tuple(frames[:1])):
+        inputs = processor.preprocess_videos(of_one_frame, return_tensors="np")
+        assert inputs["grid_thw"].tolist() == [[1, *expected["grid_thw"][0, 1:].tolist()]]
 
 
 def test_a_video_file(processor, tmp_path):
@@ -150,7 +153,9 @@ def test_shuffled_batches_are_full_and_new_each_epoch():
     first = list(batches)
     filled = sorted(sum(lengths[index] for index in batch) for batch in first)
     assert len(first) <= -(-sum(lengths) // 2000) + 1 and filled[1] > 1900
-    assert list(batches) == first == list(sampler(lengths, 2000, shuffle=True))
+    assert list(batches) == first == list(sampler(lengths, 2000, shuffle=True, seed=0))
+    batches.set_epoch(0)
+    assert list(batches) == first
     batches.set_epoch(1)
     assert list(batches) != first and list(sampler(lengths, 2000, shuffle=True, seed=5)) != first
 
@@ -176,6 +181,7 @@ def test_replicas_share_the_batches_evenly(drop_last):
     [
         ({"max_patches_per_batch": 9}, "got 10 for image 1"),
         ({"max_patches_per_batch": 99, "rank": 1}, "rank"),
+        ({"max_patches_per_batch": 99, "rank": -1, "num_replicas": 2}, "rank"),
         ({"max_patches_per_batch": 99, "num_replicas": 0}, "num_replicas"),
     ],
 )

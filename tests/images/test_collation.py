@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of patches, merged patches, and batches of examples with texts, several images or none."""
 
+from collections import UserList
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -156,13 +158,20 @@ def test_several_images_in_an_example_and_none(processor):
     assert empty["hidden_states"].dtype == torch.float32 and empty["grid_thw"].dtype == torch.int64
     assert empty["num_images_per_sample"].tolist() == [0, 0]
     assert "num_images_per_sample" not in processor.collate([{"image": picture(14, 14)}])
+    assert processor.collate([{"image": noise(2, 28, 28, 3)}])["num_images_per_sample"].tolist() == [2]
+    some = processor.collate([{"image": None}, {"image": picture(14, 14)}])
+    assert some["num_images_per_sample"].tolist() == [0, 1]
+    pair = UserList([picture(14, 14), picture(28, 14)])
+    assert processor.collate([{"image": pair}])["num_images_per_sample"].tolist() == [2]
+    nothing = processor.collate([])
+    assert nothing["hidden_states"].shape == (0, 588) and nothing["grid_thw"].shape == (0, 3) and len(nothing) == 2
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([{"image": None, "a": 1}, {"image": None}], "same columns"),
-        ([{"image": None}, {"image": None, "a": 1}], "same columns"),
+        ([{"image": None, "a": 1}, {"image": None}], r"same columns, got \['a', 'image'\] and \['image'\]"),
+        ([{"image": None}, {"image": None, "a": 1}], r"same columns, got \['image'\] and \['a', 'image'\]"),
         ([{"image": None, "num_images_per_sample": 1}], "num_images_per_sample"),
         ([{"image": noise(14, 14, 3)}, noise(14, 14, 3)], "both"),
         ([{"image": noise(14, 14, 3), "input_ids": torch.ones(n)} for n in (2, 3)], "input_ids.*tokenizer"),
@@ -195,11 +204,24 @@ def test_texts_are_padded_by_the_tokenizer(processor, as_tensor):
         assert len(batch["grid_thw"]) == 3 and "image" not in batch
 
 
+def test_labels_that_are_numbers_are_no_texts(processor):
+    tokenizer = clip_tokenizer()
+    examples = [
+        {"image": picture(14, 28), "labels": index, "input_ids": tokenizer(text)["input_ids"]}
+        for index, text in enumerate(("a cat", "a photo of a dog"))
+    ]
+    batch = processor.collate(examples, tokenizer=tokenizer)
+    assert torch.equal(batch["labels"], torch.tensor([0, 1]))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert torch.equal(batch["input_ids"][1], torch.tensor(examples[1]["input_ids"]))
+
+
 def test_one_call_gives_a_sampler_and_what_collates_its_batches(processor):
     sizes = [(14 * (1 + index % 7), 14 * (1 + index % 11)) for index in range(60)]
     data = [{"image": picture(*size), "index": index} for index, size in enumerate(sizes)]
     for options in ({"max_patches": 20}, {"image_size": 28}, {"do_resize": False}, None):
         sampler, collate_fn = processor.packing(sizes, 100, options, shuffle=True, seed=3)
+        assert list(sampler) == list(processor.batch_sampler(sizes, 100, options, shuffle=True, seed=3))
         seen = []
         for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate_fn):
             expected = processor(
@@ -230,6 +252,40 @@ def test_examples_of_several_images_and_none_are_sampled(processor, shuffle):
         processor.batch_sampler([[(14, 280), (14, 700)]], 64)
     nothing = list(processor.batch_sampler([[]] * 3000, 64, shuffle=shuffle))
     assert sorted(index for batch in nothing for index in batch) == list(range(3000))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [(14.0, 28.0), (14, 2.5), np.array([14.0, 28.0]), (14,), (14, 28, 3), 14, "ab", ("14", "28"), None,
+     [(14, 28), (14,)], [(14, 28), (14, 28.5)], [[(14, 28)]]],
+)  # fmt: skip
+def test_sizes_that_are_none_are_refused(entry):
+    processor = load("pil", min_patches=1)
+    with pytest.raises(ValueError, match=r"`image_sizes` must hold a pair of integers.* for example 1\."):
+        processor.batch_sampler([(14, 14), entry], 100)
+
+
+def test_sizes_of_any_kind_of_integers():
+    processor = load("pil", min_patches=1)
+    one = [(14, 28), [14, 28], np.array([14, 28], np.uint16), torch.tensor([14, 28]), torch.Size([14, 28])]
+    several = [
+        ((14, 28), (28, 28)),
+        np.array([[14, 28], [28, 28]]),
+        torch.tensor([[14, 28], [28, 28]]),
+        [one[2], (28, 28)],
+    ]
+    sampler = processor.batch_sampler([*one, *several, [], np.zeros((0, 2), int)], 100)
+    assert sampler.num_patches == [2] * len(one) + [6] * len(several) + [0, 0]
+
+
+def test_an_image_may_be_a_path_also_in_a_dictionary(processor, tmp_path):
+    picture(28, 42).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    expected = processor(path, return_tensors="pt")
+    for examples in ([path], [{"image": path}], [{"image": [path]}]):
+        batch = processor.collate(examples)
+        assert torch.equal(batch["hidden_states"], expected["hidden_states"])
+        assert ("num_images_per_sample" in batch) is (examples not in ([path], [{"image": path}]))
 
 
 # Streams

@@ -116,6 +116,7 @@ def test_attention_can_be_set_later():
     packed = packing_model(reference_model())
     packed.set_attn_implementation("eager")
     assert packed.config._attn_implementation == "eager"
+    assert packed.is_backend_compatible()
     with pytest.raises(ValueError, match="telepathy"):
         packed.set_attn_implementation("telepathy")
 

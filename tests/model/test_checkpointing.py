@@ -1,16 +1,23 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpointing saves the state of the random generators where something draws from them, and only there."""
+"""
+Checkpointing saves the state of the random generators where something draws from them, and only there; and what it does
+otherwise is what torch's does.
+"""
 
 import functools
+import gc
 import importlib
+import weakref
 from contextlib import ExitStack
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, REPO, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import checkpoint as torch_checkpoint
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,8 +50,17 @@ def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torc
     return output + torch.randn_like(output)
 
 
+# As of a function that was made by `exec`.
+add_noise_from_nowhere = functools.partial(add_noise)
+setattr(add_noise_from_nowhere, "__module__", None)  # noqa: B010
+
+
 def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
     return add_noise(module, arguments, output) if type(module) is nn.Linear else None
+
+
+def add_noise_before_linear(module: nn.Module, arguments: tuple) -> torch.Tensor | None:
+    return add_noise(module, (), arguments[0]) if type(module) is nn.Linear else None
 
 
 def noisy_attention(module, query, *args, **kwargs):
@@ -101,6 +117,11 @@ CASES = {
     "a module of one's own": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", NoisySiLU())), True),
     "a module of torch that draws": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", nn.RReLU())), True),
     "a hook": ({}, every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise)), True),
+    "a hook of no module": (
+        {},
+        every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise_from_nowhere)),
+        True,
+    ),
     "a forward of one's own": ({}, every_layer(patch_forward), True),
     "attention of one's own": ({}, lambda model: model.set_attn_implementation("noisy") or model, True),
 }
@@ -132,7 +153,7 @@ def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_s
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
 
 
-@pytest.mark.parametrize("what", ["a hook on all modules", "the attention called sdpa"])
+@pytest.mark.parametrize("what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa"])
 def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
     if what == "the attention called sdpa":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", noisy_attention)
@@ -145,6 +166,8 @@ def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
         with ExitStack() as stack:
             if what == "a hook on all modules":
                 stack.callback(register_module_forward_hook(add_noise_to_linear).remove)
+            if what == "a hook before all modules":
+                stack.callback(register_module_forward_pre_hook(add_noise_before_linear).remove)
             found.update(gradients(model, inputs))
     assert len(states_saved) == LAYERS * 2
     for parameter, gradient in expected.items():
@@ -172,6 +195,215 @@ def test_a_checkpointing_function_of_ones_own_is_called_with_what_it_knows():
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, checkpoint
     packed(**pack(random_images(ODD_GRIDS)))
     assert len(calls) == len(packed.encoder.layers)
+
+
+def small_models(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    """Of the same weights, in training, without and with checkpointing."""
+    reference = reference_model(dtype, num_hidden_layers=LAYERS)
+    models = packing_model(reference, plain=True).train(), packing_model(reference, plain=True).train()
+    models[1].gradient_checkpointing_enable({"use_reentrant": False})
+    return models
+
+
+def loss_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs).last_hidden_state.square().sum()
+
+
+def grads_of_some(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    inputs["hidden_states"].requires_grad_()
+    chosen = [inputs["hidden_states"], model.encoder.layers[0].ffn.up_proj.weight, model.rms_norm.weight]
+    return list(torch.autograd.grad(loss_of(model, inputs), chosen))
+
+
+def two_backward_passes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    loss = loss_of(model, inputs)
+    first = torch.autograd.grad(loss, model.encoder.layers[1].ffn.down_proj.weight, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [*first, *(parameter.grad for parameter in model.parameters())]
+
+
+def second_derivatives(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    model.set_attn_implementation("eager")
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss_of(model, inputs), parameters, create_graph=True)
+    return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), parameters))
+
+
+def frozen(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    model.requires_grad_(False)
+    trained = [model.encoder.layers[0].attention.q_proj.weight, model.encoder.layers[1].rms_norm2.weight]
+    for parameter in trained:
+        parameter.requires_grad_()
+    return list(torch.autograd.grad(loss_of(model, inputs), trained))
+
+
+def one_layer_twice(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    model.encoder.layers[1] = model.encoder.layers[0]
+    weights = list(model.encoder.layers[0].parameters())
+    return list(torch.autograd.grad(loss_of(model, inputs), weights))
+
+
+def hooks_of_weights(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    seen = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad / 2)
+        parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    loss_of(model, inputs).backward()
+    assert len(seen) == len(list(model.parameters()))
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def in_a_larger_checkpoint(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    torch_checkpoint.checkpoint(loss_of, model, inputs, use_reentrant=False).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def offloaded(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with save_on_cpu():
+        loss = loss_of(model, inputs)
+    loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def without_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [loss_of(model, inputs)]
+
+
+def without_early_stop(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch_checkpoint.set_checkpoint_early_stop(False):
+        return grads_of_some(model, inputs)
+
+
+def in_debug_mode(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch_checkpoint.set_checkpoint_debug_enabled(True):
+        return grads_of_some(model, inputs)
+
+
+def layer_by_keywords(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    layer, states = model.encoder.layers[0], torch.ones(217, 64, dtype=torch.float64, requires_grad=True)
+    layout = packed_layout(inputs["grid_thw"], model.config)
+    return list(torch.autograd.grad(layer(hidden_states=states, layout=layout).square().sum(), states))
+
+
+USES = [
+    grads_of_some,
+    layer_by_keywords,
+    two_backward_passes,
+    second_derivatives,
+    frozen,
+    one_layer_twice,
+    hooks_of_weights,
+]
+USES += [in_a_larger_checkpoint, offloaded, without_gradients, in_debug_mode, without_early_stop]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_use_of_the_graph_gives_what_it_gives_without_checkpointing(use):
+    plain, checkpointed = small_models()
+    inputs = pack(random_images(ODD_GRIDS))
+    expected, ours = use(plain, dict(inputs)), use(checkpointed, dict(inputs))
+    assert len(ours) == len(expected) > 0
+    for own, other in zip(ours, expected, strict=True):
+        assert (own - other).abs().max() <= 1e-9 * other.abs().max()
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_the_second_forward_runs_under_the_autocast_of_the_first(backward_inside):
+    inputs = pack(random_images(ODD_GRIDS))
+    found = []
+    for model in small_models(torch.float32):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, inputs)
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for own, other in zip(*found, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_what_is_saved_is_what_torch_saves():
+    """Through the hooks of the caller, as seen by them."""
+    inputs = pack(random_images(ODD_GRIDS))
+    saved: list[list[torch.Size]] = []
+    for arguments in ({}, {"preserve_rng_state": False}):
+        _, model = small_models()
+        model.gradient_checkpointing_enable({"use_reentrant": False, **arguments})
+        shapes: list[torch.Size] = []
+        with saved_tensors_hooks(lambda tensor, shapes=shapes: shapes.append(tensor.shape) or tensor, lambda it: it):
+            loss_of(model, inputs)
+        # Until torch 2.12 its own saves something empty besides.
+        saved.append([shape for shape in shapes if shape.numel()])
+    assert saved[0] == saved[1]
+
+
+OF_TORCH = [
+    {"preserve_rng_state": False},
+    {"determinism_check": "none"},
+    {"early_stop": False},
+    {"use_reentrant": True},
+]
+
+
+@pytest.mark.parametrize("arguments", [{}, *OF_TORCH])
+def test_torchs_own_runs_where_it_is_asked_for_something(arguments, monkeypatch):
+    _, model = small_models()
+    model.gradient_checkpointing_enable({"use_reentrant": False, **arguments})
+    model.enable_input_require_grads()
+    called, of_torch = [], torch_checkpoint._infer_device_type
+    monkeypatch.setattr(torch_checkpoint, "_infer_device_type", lambda *args: called.append(1) or of_torch(*args))
+    loss_of(model, pack(random_images(ODD_GRIDS))).backward()
+    assert len(called) == (LAYERS if arguments else 0)
+
+
+@pytest.mark.parametrize("backward", [None, "all", "a part"])
+def test_a_graph_is_freed_without_the_garbage_collector(backward):
+    _, model = small_models()
+    inputs = pack(random_images(ODD_GRIDS))
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = model(**inputs, output_hidden_states=True)
+        state, loss = weakref.ref(outputs.hidden_states[1]), outputs.last_hidden_state.square().sum()
+        del outputs
+        assert state() is not None
+        if backward == "all":
+            loss.backward(retain_graph=True)
+        elif backward == "a part":
+            torch.autograd.grad(loss, model.encoder.layers[1].rms_norm1.weight, retain_graph=True)
+        del loss
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_was_changed_before_the_backward_pass_is_an_error():
+    _, model = small_models()
+    loss = loss_of(model, pack(random_images(ODD_GRIDS)))
+    model.encoder.layers[1].ffn.gate_proj = nn.Linear(64, 32, dtype=torch.float64)
+    with pytest.raises(torch_checkpoint.CheckpointError, match="was changed in between"):
+        loss.backward()
+
+
+def test_a_layer_that_saves_less_in_the_backward_pass_is_an_error():
+    _, model = small_models()
+    loss = loss_of(model, pack(random_images(ODD_GRIDS)))
+    model.encoder.layers[1].ffn.act_fn = nn.Identity()
+    with pytest.raises(torch_checkpoint.CheckpointError, match="was changed in between"):
+        loss.backward()
+
+
+def test_an_input_that_was_changed_before_the_backward_pass_is_an_error():
+    _, model = small_models()
+    outputs = model(**pack(random_images(ODD_GRIDS)), output_hidden_states=True)
+    loss = outputs.last_hidden_state.square().sum()
+    with torch.no_grad():
+        outputs.hidden_states[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_compiled_layers_can_be_checkpointed():

@@ -3,10 +3,13 @@
 """`torch.compile` and `torch.export`: equal outputs, and how often the encoder compiles."""
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers
+from packaging.version import Version
 from reference import (
     ODD_GRIDS,
     hub_module,
@@ -18,6 +21,8 @@ from reference import (
     reference_model,
     with_positions,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +135,22 @@ def test_the_model_exports_for_any_number_of_images_of_one_size(name):
             expected = packed(given["hidden_states"], given["grid_thw"])
             for ours, theirs in zip(exported(*given.values()), expected.to_tuple(), strict=True):
                 assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_a_program_for_one_size_takes_no_memory_with_the_square_of_a_batch():
+    packed = packing_model(reference_model(use_head=True))
+    exported, given = export_values(packed, one_size(packed, 3)).module(), one_size(packed, 60)
+    sizes = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.extend(value.numel() for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+            return result
+
+    with torch.no_grad(), Allocations():
+        exported(*given.values())
+    assert max(sizes) < len(given["hidden_states"]) ** 2
 
 
 def export_values(packed, given: dict[str, torch.Tensor]):
@@ -272,6 +293,18 @@ def test_the_whole_model_compiles_at_most_twice_where_a_varlen_kernel_is(monkeyp
     assert with_layers == [7 * packed.config.num_hidden_layers + 1] * 2
 
 
+def test_values_computed_before_compile_into_one_graph_where_a_varlen_kernel_is(monkeypatch):
+    packed = packing_model(reference_model(), plain=True)
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(modeling, "varlen_attention", lambda q, k, v, cu_q, cu_k, max_q, max_k: q + k * cu_q[-1] + v)
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    given = values_of(packed, MIXED)
+    with torch.no_grad():
+        ours, expected = compiled(**given).last_hidden_state, packed(**given).last_hidden_state
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_runs_in_onnxruntime(name, tmp_path):
@@ -292,6 +325,23 @@ def test_the_model_runs_in_onnxruntime(name, tmp_path):
         results = session.run(None, {key: value.numpy() for key, value in given.items() if key in used})
         for ours, theirs in zip(results, expected, strict=True):
             assert (torch.from_numpy(ours) - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="its exporters are of transformers 5.23"
+)
+@pytest.mark.parametrize("config", [{}, {"is_native": False}, {"merge_temporal": True}])
+def test_what_transformers_exporters_compute_is_what_the_model_computes(config):
+    exporters = importlib.import_module("transformers.exporters.utils")
+    reference = reference_model(use_head=True, is_native=config.get("is_native", True))
+    packed = packing_model(reference, **{name: value for name, value in config.items() if name != "is_native"})
+    grid_thw = torch.tensor([[2, 3, 4], [1, 5, 5], [2, 1, 7]])
+    inputs = {"hidden_states": torch.randn(int(grid_thw.prod(1).sum()), 588), "grid_thw": grid_thw}
+    _, prepared, _ = exporters.prepare_for_export(packed, dict(inputs))
+    assert "cu_seqlens" in prepared
+    with torch.no_grad():
+        for ours, expected in zip(packed(**prepared).to_tuple(), packed(**inputs).to_tuple(), strict=True):
+            assert (ours - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -40,6 +40,7 @@ def patches(count: int, width: int = 588, dtype: torch.dtype = torch.float32) ->
         (patches(4)[None], torch.tensor([[1, 2, 2]]), ["hidden_states", "(1, 4, 588)", "588"]),
         (patches(4, 587), torch.tensor([[1, 2, 2]]), ["hidden_states", "(4, 587)", "588"]),
         (patches(4, dtype=torch.uint8), torch.tensor([[1, 2, 2]]), ["hidden_states", "uint8"]),
+        (torch.empty(4, 588, dtype=torch.float4_e2m1fn_x2), torch.tensor([[1, 2, 2]]), ["hidden_states", "float4"]),
         ([[0.0] * 588] * 4, torch.tensor([[1, 2, 2]]), ["hidden_states", "list"]),
         (patches(4), torch.tensor([[1.0, 2.0, 2.0]]), ["grid_thw", "float32"]),
         (patches(4), torch.tensor([[True, True, True]]), ["grid_thw", "bool"]),
@@ -76,9 +77,13 @@ def test_too_many_patches_to_count_are_refused():
         packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
 
 
+def layout_of(grids, **changes):
+    return dataclasses.replace(packed_layout(torch.tensor(grids), Aimv2PackingConfig()), **changes)
+
+
 def layout_of_four(**changes):
     """Of one image of four patches, with changes."""
-    return dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), Aimv2PackingConfig()), **changes)
+    return layout_of([[1, 2, 2]], **changes)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,7 @@ def layout_of_four(**changes):
     [
         ({"cu_seqlens": [0, 4]}, "`cu_seqlens` must be a tensor of integers"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "`cu_seqlens` must be a tensor of integers"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "`cu_seqlens` must be a tensor of integers of shape (num_"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "`cu_seqlens` describes 3 patches, but `hidden_states` holds 4"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
@@ -108,6 +114,14 @@ def layout_of_four(**changes):
         ),
         ({"layout": layout_of_four(cu_seqlens=torch.tensor([0, 2, 4]))}, "`layout.cu_seqlens` must be of shape (2,)"),
         ({"layout": layout_of_four(max_seqlen=3)}, "`max_seqlen` must be at least the longest segment, 4 patches"),
+        (
+            {"layout": layout_of([[1, 1, 1], [1, 1, 3]], max_seqlen=2)},
+            "`max_seqlen` must be at least the longest segment, 3 patches",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 1, 4]), "max_seqlen": 2},
+            "`max_seqlen` must be at least the longest segment, 3 patches",
+        ),
         (
             {"layout": layout_of_four(position_ids=torch.zeros(5, 2, dtype=torch.int64))},
             "`position_ids` must be a tensor of integers of shape (4, 2)",
@@ -132,6 +146,10 @@ def test_unknown_arguments_are_refused_by_name(model):
         model(**inputs, ouput_hidden_states=True)
     with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
         model(pixel_values=torch.zeros(1, 3, 28, 28))
+    with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`\.$"):
+        model(**inputs, image_grid_thw=inputs["grid_thw"])
+    with pytest.raises(TypeError, match=r"`image_sizes` is not an argument of `forward`\.$"):
+        model(**inputs, image_sizes=[(28, 28)])
     passed = {
         "input_ids": None,
         "attention_mask": None,
@@ -300,6 +318,32 @@ def test_layout_by_hand():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("merge_temporal", [True, False])
+def test_the_layout_of_no_images(merge_temporal):
+    config = Aimv2PackingConfig(is_native=True, merge_temporal=merge_temporal)
+    layout = with_positions(packed_layout(torch.zeros(0, 3, dtype=torch.int64), config, 0), config)
+    assert (layout.runs, layout.lengths, layout.grids, layout.max_seqlen, layout.num_positions) == ((), (), (), 0, 0)
+    assert layout.cu_seqlens.tolist() == [0]
+    assert layout.frame_sizes.shape == layout.position_ids.T.shape == (2, 0)
+
+
+def test_segments_of_no_patches_are_a_valid_batch(model):
+    given = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "position_ids": torch.zeros(0, 2, dtype=torch.int64)}
+    with torch.inference_mode():
+        outputs = model(patches(0), **given)
+    assert outputs.last_hidden_state.shape == outputs.pooler_output.shape == (0, 64)
+
+
+def test_hidden_states_are_asked_for_by_the_configuration_too():
+    packed, inputs = packing_model(reference_model()), pack(random_images([(2, 2)]))
+    with torch.inference_mode():
+        for asked, count in ((None, None), (False, None), (True, 3)):
+            packed.config.output_hidden_states = asked
+            states = packed(**inputs).hidden_states
+            assert (states if states is None else len(states)) == count
+            assert packed(**inputs, output_hidden_states=False).hidden_states is None
+
+
 def test_outputs_as_in_transformers(model):
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
@@ -338,10 +382,13 @@ def test_a_model_without_a_head_gives_the_mean_over_the_patches(merge_temporal):
     with torch.inference_mode():
         outputs = model.get_image_features(hidden_states, grid_thw)
         as_tuple = model.get_image_features(hidden_states, grid_thw, return_dict=False)
+        states = model.get_image_features(hidden_states, grid_thw, output_hidden_states=[1]).hidden_states
     lengths = [12, 12, 1] if merge_temporal else [12, 6, 6, 1]
     expected = torch.stack([part.mean(dim=0) for part in outputs.last_hidden_state.split(lengths)])
     torch.testing.assert_close(outputs.pooler_output, expected)
     assert torch.equal(as_tuple[1], outputs.pooler_output)
+    with torch.inference_mode():
+        assert torch.equal(states[1], model(hidden_states, grid_thw, output_hidden_states=True).hidden_states[1])
 
 
 def test_a_model_with_a_head_gives_what_the_head_gives(model):
@@ -434,6 +481,17 @@ def test_no_block_after_the_last_one_needed_runs(plain):
         assert packed(**inputs).last_hidden_state.isnan().any()
 
 
+def test_blocks_that_are_not_needed_are_not_called():
+    packed, inputs = packing_model(reference_model(num_hidden_layers=4), plain=True), pack(random_images([(2, 2)]))
+    called = []
+    for index, layer in enumerate(packed.encoder.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: called.append(index))
+    for n, needed in (([1], [0, 1]), ([-3, 0], [0, 1]), (1, [0, 1, 2, 3])):
+        called.clear()
+        packed.get_intermediate_layers(**inputs, n=n)
+        assert called == needed
+
+
 @pytest.mark.parametrize("n", [0, 3, [2], [-3], [0, 5]])
 def test_blocks_that_are_not_there_are_refused(model, n):
     with pytest.raises(ValueError, match=r"`n` must name blocks of 2, .* got "):
@@ -445,7 +503,7 @@ def test_hidden_states_can_be_chosen(model):
     inputs = pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
         whole = model(**inputs, output_hidden_states=True).hidden_states
-        for chosen, kept in ((-2, [1]), ([0, 2], [0, 2]), ([1, 7], [1])):
+        for chosen, kept in ((-2, [1]), ([0, 2], [0, 2]), ([1, 7], [1]), ([1, 3, -4], [1]), (-3, [0])):
             states = model(**inputs, output_hidden_states=chosen).hidden_states
             assert [index for index, state in enumerate(states) if state is not None] == kept
             assert all(torch.equal(states[index], whole[index]) for index in kept)

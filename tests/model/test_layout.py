@@ -3,6 +3,7 @@
 """A layout goes where tensors go: through Trainer, accelerate, pinned memory, pickling, DDP and torch.export."""
 
 import dataclasses
+import itertools
 import pickle
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 from reference import (
     ODD_GRIDS,
     REPO,
+    Aimv2PackingConfig,
     hub_module,
     pack,
     packed_layout,
@@ -123,3 +125,18 @@ def test_one_of_another_copy_of_the_file_is_taken(packed, inputs, tmp_path):
     with torch.no_grad():
         ours, expected = packed(inputs["hidden_states"], layout=layout), packed(**inputs)
     assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("side", [1, 2, 7, 10, 45, 64, 70])
+def test_equal_neighbours_share_a_call_as_long_as_it_is_small(side):
+    """As many as make 4,096 patches, or one that is larger; then the memory of the scores has a bound."""
+    grid_thw = torch.tensor([(1, 1, side)] * 5 + [(1, side, side)] * 300 + [(3, side, side)] + [(1, 1, side)] * 2)
+    layout = packed_layout(grid_thw, Aimv2PackingConfig())
+    lengths = [side] * 5 + [side * side] * 303 + [side] * 2
+    assert layout.lengths == tuple(lengths)
+    expected = []
+    for length, group in itertools.groupby(lengths):
+        count, most = len(list(group)), max(1, 4096 // length)
+        expected += [(most, length)] * (count // most) + [(count % most, length)] * (count % most > 0)
+    assert list(layout.runs) == expected
+    assert dataclasses.replace(layout, runs=None).lengths == ()

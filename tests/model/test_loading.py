@@ -22,8 +22,11 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS)
 def test_state_dict_equals_the_original(config):
     reference = reference_model(**config)
-    ours = {name: value.shape for name, value in packing_model(reference).state_dict().items()}
+    packed = packing_model(reference)
+    ours = {name: value.shape for name, value in packed.state_dict().items()}
     assert ours == {name: value.shape for name, value in reference.state_dict().items()}
+    theirs = reference.embeddings.patch_embed
+    assert packed.embeddings.patch_embed.extra_repr() == theirs.extra_repr()
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -90,3 +90,5 @@ def test_attention_dropout_applies_in_training_only(attn, plain):
         assert torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
         packed.train()
         assert not torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
+        hardly_any = packing_model(reference, attn, plain, attention_dropout=1e-9).train()
+        assert (hardly_any(**inputs).last_hidden_state - without.last_hidden_state).abs().max() < 1e-5
