@@ -94,18 +94,28 @@ class Item(NamedTuple):
 
 
 class Batcher:
-    """Encodes what waits, as much at once as fits the budget, in a thread of its own."""
+    """
+    Encodes what waits, as much at once as fits the budget, in a thread of its own. Images are to be decoded only while
+    `has_space` is set, as long as less waits than fills two forwards: else decoded images pile up.
+    """
 
     def __init__(self, encode: Callable[[list[Sample]], list[torch.Tensor]], budget: int, wait_seconds: float):
         self.encode, self.budget, self.wait_seconds = encode, budget, wait_seconds
         self.waiting, self.has_arrived = deque[Item](), asyncio.Event()
+        self.patches, self.has_space = 0, asyncio.Event()
+        self.has_space.set()
 
     def vector(self, sample: Sample, patches: int) -> asyncio.Future:
         loop = asyncio.get_running_loop()
         item = Item(sample, patches, loop.time(), loop.create_future())
         self.waiting.append(item)
+        self.count(patches)
         self.has_arrived.set()
         return item.vector
+
+    def count(self, patches: int) -> None:
+        self.patches += patches
+        (self.has_space.set if self.patches < 2 * self.budget else self.has_space.clear)()
 
     def next_batch(self) -> list[Item]:
         batch: list[Item] = []
@@ -118,6 +128,7 @@ class Batcher:
                     break
                 batch.append(item)
             self.waiting.popleft()
+            self.count(-item.patches)
         return batch
 
     def outcomes(self, samples: list[Sample]) -> list:

@@ -13,7 +13,6 @@ import base64
 import os
 import sys
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from typing import Annotated, Literal
@@ -118,8 +117,7 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
     """The application that serves `encoder` under the name of a model."""
     limits = limits or Limits()
     batcher, busy = Batcher(encoder, limits.patches_per_forward, limits.wait_seconds), 0
-
-    writing = ThreadPoolExecutor(1)  # an answer waits for no image that is decoded
+    preparing = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
 
     def prepared(body: bytes) -> tuple[list[Sample], list[int], int, bool]:
         """The samples, patches of each, patches or tokens in all, and whether base64 is wanted."""
@@ -151,19 +149,19 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
 
     async def answer(body: bytes) -> Response:
         try:
-            samples, patches, used, in_base64 = await asyncio.to_thread(prepared, body)
+            async with preparing:
+                await batcher.has_space.wait()
+                samples, patches, used, in_base64 = await asyncio.to_thread(prepared, body)
         except PIL.Image.DecompressionBombError as error:
             raise HTTPException(413, str(error)) from error
         except ValueError as error:
             message = described(error) if isinstance(error, ValidationError) else str(error)
             raise HTTPException(400, message) from error
         vectors = await asyncio.gather(*map(batcher.vector, samples, patches))
-        return await asyncio.get_running_loop().run_in_executor(writing, written, vectors, used, in_base64)
+        return await asyncio.to_thread(written, vectors, used, in_base64)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # As many images are decoded at once.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)))
         app.state.running = asyncio.create_task(batcher.run())
         yield
         app.state.running.cancel()

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 
@@ -300,6 +301,30 @@ def test_without_its_packages_the_command_says_what_to_install(missing, serve, m
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"^error: .*{missing}.* pip install -r .*/requirements-serve\.txt"):
         importlib.import_module("serve")
+
+
+def test_no_more_images_are_decoded_than_fill_two_forwards(serve, native_encoder):
+    recorded, images, decoded = Recorded(native_encoder), [jpeg(seed) for seed in range(40)], []
+
+    def counted(*arguments):
+        decoded.append(native_encoder.prepare(*arguments))
+        return decoded[-1]
+
+    recorded.prepare = counted
+    largest = max(native_encoder.prepare(image, 10**6)[1] for image in images)
+    with serving(serve.create_app(recorded, "aimv2", serve.Limits(patches_per_forward=largest))) as port:
+        recorded.may_go_on.clear()
+        connections = [connect(port) for _ in images]
+        for connection, image in zip(connections, images, strict=True):
+            body = json.dumps(image_request(image)).encode()
+            connection.sendall(head(len(body)) + body)
+        wait_for(lambda: health(port)["requests"] == len(images))
+        time.sleep(0.5)  # in which all could be decoded
+        waiting = sum(patches for _, patches in decoded[sum(map(len, recorded.batches)) :])
+        recorded.may_go_on.set()
+        assert waiting <= (2 + max(1, (os.cpu_count() or 1) // 2)) * largest
+        assert [read_answer(connection)[0] for connection in connections] == [200] * len(images)
+    assert len(decoded) == len(images)
 
 
 class Tower(torch.nn.Module):
