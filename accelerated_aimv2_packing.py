@@ -10,7 +10,6 @@ nobody can tell the difference: that is decided once per forward, from the state
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,9 +25,11 @@ from transformers.utils import logging
 
 from .cpu_engine_aimv2_packing import encode as encode_on_cpu
 from .cpu_engine_aimv2_packing import refusal as cpu_refusal
-from .cuda_engine_aimv2_packing import CudaGraphSettings, addresses_of, capture, lay_weights, release
+from .cuda_engine_aimv2_packing import CudaGraphSettings, capture, lay_weights, release
 from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
+from .cuda_engine_aimv2_packing import replay as replay_on_cuda
+from .cuda_graphs_aimv2_packing import addresses_of
 from .layout_aimv2_packing import PackedLayout
 from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel
 
@@ -54,7 +55,7 @@ class Engine(NamedTuple):
 # By type of device.
 ENGINES = {
     "cpu": Engine(cpu_refusal, encode_on_cpu),
-    "cuda": Engine(cuda_refusal, encode_on_cuda, partial(encode_on_cuda, captures=False)),
+    "cuda": Engine(cuda_refusal, encode_on_cuda, replay_on_cuda),
 }
 
 
@@ -142,8 +143,8 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
         if refusal is None:
             outputs, before = self._replay(hidden_states, layout, depths, last)
             state = current_state(self)
-            outputs = outputs if state is before else None
             refusal = refusal_of_modules(self, hidden_states, state)
+            outputs = outputs if state is before and refusal is None else None
         if refusal is None:
             refusal = ENGINES[name].refusal(self, hidden_states, layout, state)
         self._report(None if refusal else name, refusal)
@@ -164,7 +165,6 @@ class Aimv2PackingAcceleratedModel(Aimv2PackingModel):
             or state is None
             or self.last_engine != hidden_states.device.type
             or needs_gradients(hidden_states, state)
-            or engine.refusal(self, hidden_states, layout, state) is not None
         ):
             return None, state
         return engine.replay(self, hidden_states, layout, state, depths, last), state
@@ -343,6 +343,8 @@ class ModelState:
                 return "the weights are of several dtypes"
             if weight.device != weights[0].device:
                 return "the weights are on several devices"
+            if weight.layout != torch.strided:
+                return f"a weight is {weight.layout}"
         return None
 
 

@@ -27,8 +27,10 @@ from .cuda_graphs_aimv2_packing import (
     Graph,
     Graphs,
     Product,
+    addresses_of,
     are_adjacent,
     lay_side_by_side,
+    memory_of,
     products_of,
     whole_of,
 )
@@ -56,8 +58,7 @@ Attention = Callable[..., torch.Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 
-# Products of more patches run in pieces of so many: then the sizes that a product ever has are a finite list. A batch
-# that has a graph by default is not divided.
+# Products of more patches run in pieces of so many: their sizes are a finite list.
 PATCHES_PER_PRODUCT = 20480
 
 # Hidden states of layers that a graph may keep: of so many times the patches of the largest graph.
@@ -129,11 +130,6 @@ def merged_parameters(model: nn.Module) -> Iterator[list[nn.Parameter]]:
                 parameters = [getattr(linear, kind, None) for linear in linears]
                 if all(isinstance(parameter, torch.Tensor) for parameter in parameters):
                     yield parameters
-
-
-def addresses_of(model: nn.Module) -> dict[int, int]:
-    """Where parameters lie that are on a GPU, by `id`."""
-    return {id(own): own.data_ptr() for own in model.parameters() if type(own) is nn.Parameter and own.is_cuda}
 
 
 def lay_weights(model: nn.Module, before: dict[int, int] | None = None) -> None:
@@ -237,7 +233,7 @@ class Engine:
         ]
         self.norms = [*(layer.norm1 for layer in self.layers), model.rms_norm]
         self.all_norms = [*self.norms, *(layer.norm2 for layer in self.layers), self.embeddings.rms_norm]
-        self.addresses = list(map(torch.Tensor.data_ptr, parameters))
+        self.memory = memory_of(parameters)
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
         self.hidden_size, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
         self.patch_dim = config.num_channels * config.patch_size**2
@@ -280,10 +276,7 @@ class Engine:
         return Buffers(padded, *(torch.empty(patches, width, **like) for width in widths))
 
     def graph_of(self, budget: Budget, settings: CudaGraphSettings, after: int | None = 1) -> Graph | None:
-        """
-        The graph of this budget, captured if it came so many times before; `None` where there is none, or is to be
-        none. With `after=None` none is captured.
-        """
+        """The graph of this budget, captured if it came so many times before, unless that is `None`; or `None`."""
         most = settings.max_graph_patches
         # States of layers are memory of a graph's own.
         if budget.patches > most or budget.patches * len(budget.depths) > STATES_PER_PATCH * most:
@@ -446,22 +439,20 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout 
         state.engines["cuda refusal"] = refusal_of_state(model, hidden_states.device)
     has_flash, reason = state.engines["cuda refusal"]
     backends = torch.backends.cuda
-    if attention == "sdpa" and not (
-        backends.flash_sdp_enabled() if has_flash else backends.mem_efficient_sdp_enabled()
-    ):
+    enabled = backends.flash_sdp_enabled if has_flash else backends.mem_efficient_sdp_enabled
+    if attention == "sdpa" and not enabled():
         return f"{'flash' if has_flash else 'memory-efficient'} attention is switched off"
     return reason
 
 
 def refusal_of_state(model: nn.Module, device: torch.device) -> tuple[bool, str | None]:
     """Whether PyTorch has flash attention for this model, and why the model as it is cannot run here, or `None`."""
-    config, dtype, activations = model.config, model.rms_norm.weight.dtype, set()
+    config, dtype = model.config, model.rms_norm.weight.dtype
     if triton is None:
         return False, "Triton is not installed"
     if torch.version.cuda is None:
         return False, "this PyTorch is not built for CUDA"
-    for layer in model.encoder.layers:
-        activations.add(type(layer.ffn.act_fn).__name__)
+    activations = {type(layer.ffn.act_fn).__name__ for layer in model.encoder.layers}
     if activations - {"SiLU", "SiLUActivation"}:
         return False, f"the activation is {', '.join(sorted(activations))}"
     head_dim = config.hidden_size // config.num_attention_heads
@@ -477,7 +468,11 @@ def refusal_of_state(model: nn.Module, device: torch.device) -> tuple[bool, str 
 def known_engine(state: Any) -> Engine | None:
     """The model's engine, unless the memory of a parameter has been exchanged."""
     engine = state.engines.get("cuda")
-    return engine if engine and engine.addresses == list(map(torch.Tensor.data_ptr, state.weights())) else None
+    try:
+        return engine if engine and engine.memory == memory_of(state.weights()) else None
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        # It is not yet known whether the model has changed: a weight was deleted, or has no memory.
+        return None
 
 
 def engine_of(model: nn.Module, state: Any) -> Engine:
@@ -533,6 +528,15 @@ def encode(
         inputs.load(hidden_states, layout)
         states, features = engine.run(inputs, layout.lengths if segments >= MAX_SEGMENTS_PER_CALL else ())
         return tuple(state[:own] for state in states), features[:own] if last else None
+
+
+def replay(
+    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any, depths: tuple[int, ...], last: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
+    """[`encode`], where that needs no more than a graph that is there, or `None`."""
+    if known_engine(state) is None or refusal(model, hidden_states, layout, state) is not None:
+        return None
+    return encode(model, hidden_states, layout, state, depths, last, captures=False)
 
 
 def capture(model: nn.Module, state: Any, lengths: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,16 @@ def lay_side_by_side(parameters: Sequence[nn.Parameter]) -> str | None:
             # In a storage that begins and ends with it, and keeps the memory of all alive.
             parameter.data = torch.from_dlpack(own)
     return None
+
+
+def memory_of(parameters: Sequence[nn.Parameter]) -> tuple[list[int], list[int]]:
+    """Where each lies, and in how many bytes."""
+    return list(map(torch.Tensor.data_ptr, parameters)), list(map(attrgetter("nbytes"), parameters))
+
+
+def addresses_of(model: nn.Module) -> dict[int, int]:
+    """Where parameters lie that are on a GPU, by `id`."""
+    return {id(own): own.data_ptr() for own in model.parameters() if type(own) is nn.Parameter and own.is_cuda}
 
 
 def are_adjacent(tensors: Sequence[torch.Tensor]) -> bool:
@@ -225,15 +236,16 @@ class Graphs:
         self.failure: str | None = None
 
     def find(self, key: Hashable) -> Graph | None:
-        self.calls += 1
         graph = self.by_key.get(key)
         if graph is not None:
+            self.calls += 1
             graph.last_call = self.calls
             self.by_key.move_to_end(key)
         return graph
 
     def should_capture(self, key: Hashable, most: int, after: int = 1) -> bool:
         """Whether this key has come `after` times before, and may have a graph where there may be `most`."""
+        self.calls += 1
         if self.failure is not None or most < 1:
             return False
         if len(self.seen) >= MAX_SEEN:

@@ -162,7 +162,7 @@ def segment_attention(
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         return attention_interface(module, query, key, value, attention_mask=mask[None, None], **shared)[0].squeeze(0)
 
-    runs = runs or ((num_segments, key.shape[0] // num_segments),)
+    runs = runs or ((num_segments, -1),)
     states_of_runs = [(query, key, value)]
     if len(runs) > 1:
         keys_per_run = [segments * length for segments, length in runs]
@@ -172,8 +172,11 @@ def segment_attention(
         )
     outputs = []
     # Not `segments`: early CPython 3.13 crashes when a tracer reads a closure's name in a comprehension (gh-128396).
-    for (count, _), states in zip(runs, states_of_runs, strict=True):
-        queries, keys, values = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in states)  # (segments, H, ., K)
+    for (count, length), states in zip(runs, states_of_runs, strict=True):
+        lengths = (-1, length, length)
+        queries, keys, values = (  # (segments, H, ., K)
+            x.unflatten(0, (count, own)).transpose(1, 2) for x, own in zip(states, lengths, strict=True)
+        )
         if attention_interface is not sdpa_attention_forward:
             output, weights = attention_interface(module, queries, keys, values, attention_mask=None, **shared)
         else:
@@ -221,13 +224,23 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
             or may_draw_random_numbers(self)
         ):
             return function
-        if function.func is torch_checkpoint.checkpoint and keywords == {"use_reentrant": False}:
+        if keywords == {"use_reentrant": False} and is_of_torch(function.func):
             function = partial(checkpoint, **keywords)
         return partial(function, preserve_rng_state=False)
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]):
         self.__dict__["_gradient_checkpointing_func"] = function
+
+
+def is_of_torch(function: Any) -> bool:
+    """Whether this is `torch.utils.checkpoint.checkpoint`, and nobody's replacement for it."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or code.co_filename not in (torch_checkpoint.__file__, torch._compile.__file__):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bool) -> torch.Tensor:
@@ -274,37 +287,40 @@ class RepeatedForward:
             torch.is_autocast_cache_enabled(),
         )
         self.kinds: list[tuple[torch.Size, torch.dtype]] = []
-        self.tensors: dict[int, torch.Tensor] = {}
+        # By backward pass: several may run at once.
+        self.tensors: dict[int, dict[int, torch.Tensor]] = {}
 
     def pack(self, tensor: torch.Tensor) -> int:
         self.kinds.append((tensor.shape, tensor.dtype))
         return len(self.kinds) - 1
 
     def unpack(self, index: int) -> torch.Tensor:
-        if index not in self.tensors:
-            self.repeat()
-        return self.tensors.pop(index)
+        tensors = self.tensors.setdefault(torch._C._current_graph_task_id(), {})
+        if index not in tensors:
+            self.repeat(tensors)
+        return tensors.pop(index)
 
-    def keep(self, tensor: torch.Tensor) -> None:
-        index = len(self.tensors)
+    def keep(self, tensors: dict[int, torch.Tensor], tensor: torch.Tensor) -> None:
+        index = len(tensors)
         if (tensor.shape, tensor.dtype) != self.kinds[index]:
             raise torch_checkpoint.CheckpointError(
                 f"Tensor {index} that a checkpointed layer saves is {tensor.dtype} of shape {tuple(tensor.shape)} in "
                 f"the backward pass, but was {self.kinds[index][1]} of shape {tuple(self.kinds[index][0])} before: "
                 "the layer was changed in between."
             )
-        self.tensors[index] = tensor.detach()
+        tensors[index] = tensor.detach()
         if index + 1 == len(self.kinds):
             raise StopForwardError
 
-    def repeat(self) -> None:
-        self.tensors.clear()
+    def repeat(self, tensors: dict[int, torch.Tensor]) -> None:
+        tensors.clear()
         # Nothing unpacks in the second graph.
-        with torch.enable_grad(), self.autocast, saved_tensors_hooks(self.keep, id), suppress(StopForwardError):
+        hooks = saved_tensors_hooks(partial(self.keep, tensors), id)
+        with torch.enable_grad(), self.autocast, hooks, suppress(StopForwardError):
             self.function(*self.input.grad_fn.saved_tensors, *self.args)
-        if len(self.tensors) != len(self.kinds):
+        if len(tensors) != len(self.kinds):
             raise torch_checkpoint.CheckpointError(
-                f"A checkpointed layer saves {len(self.tensors)} tensors in the backward pass, but saved "
+                f"A checkpointed layer saves {len(tensors)} tensors in the backward pass, but saved "
                 f"{len(self.kinds)} before: the layer was changed in between."
             )
 
@@ -755,7 +771,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
         maps: list | None = [] if kwargs.get("output_attentions") or self.config.output_attentions else None
         states, last_hidden_state = self.encode(hidden_states, layout, depths, attentions=maps)
-        pooled = self.head(last_hidden_state, layout.to(hidden_states.device)) if self.config.use_head else None
+        layout = layout.to(hidden_states.device, non_blocking=True)
+        pooled = self.head(last_hidden_state, layout) if self.config.use_head else None
         by_depth = dict(zip(depths, states, strict=True))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,

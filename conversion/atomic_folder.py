@@ -3,6 +3,7 @@
 """Writes a folder that appears whole or not at all."""
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -126,6 +127,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, of networks above all, sync no folder.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -91,8 +91,10 @@ def encode(
         writer = Writer(sink, pool)
         # What a worker's collector looks at would be copied.
         gc.freeze()
-        loaded = iter(loader)
-        gc.unfreeze()
+        try:
+            loaded = iter(loader)
+        finally:
+            gc.unfreeze()
         if ring:
             stack.enter_context(ring.served(workers, encoder.device))
         tables = encoder(received(loaded, ring.batch_of if ring else unchanged))

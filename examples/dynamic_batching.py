@@ -3,6 +3,7 @@
 """Dynamic batching, for serve.py: what arrives within a few milliseconds shares a packed forward."""
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +31,12 @@ class Encoder:
         options = {"dtype": dtype}
         self.model = SentenceTransformer(checkpoint, device=device, trust_remote_code=True, model_kwargs=options).eval()
         self.tokens = (self.model[0].max_seq_length or 0) if "text" in self.model[0].modalities else 0
+        # Of its own: to pad and to count at once, one would disturb the other.
+        self.tokenizer = copy.deepcopy(self.model.tokenizer)
         capture_cuda_graphs(self.model)
 
     def count_tokens(self, texts: list[str]) -> int:
-        return sum(map(len, self.model.tokenizer(texts, truncation=True)["input_ids"]))
+        return sum(len(ids) for ids in self.tokenizer(texts, truncation=True)["input_ids"])
 
     def prepare(self, data: bytes, max_pixels: int) -> tuple[dict[str, Any], int]:
         """
@@ -74,7 +77,7 @@ def capture_cuda_graphs(model: torch.nn.Module) -> None:
     """Before the first request: later each new size of a batch would keep others waiting, for tens of milliseconds."""
     for tower in model.modules():
         if hasattr(tower, "capture_cuda_graphs") and tower.device.type == "cuda":
-            with suppress(ValueError):  # no engine runs it
+            with suppress(ValueError, RuntimeError):  # no engine runs it, or none can be captured
                 for patches in range(64, PATCHES_OF_GRAPHS + 1, 64):
                     tower.capture_cuda_graphs([patches])
 

@@ -13,6 +13,7 @@ import base64
 import os
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from typing import Annotated, Literal
@@ -117,7 +118,9 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
     """The application that serves `encoder` under the name of a model."""
     limits = limits or Limits()
     batcher, busy = Batcher(encoder, limits.patches_per_forward, limits.wait_seconds), 0
-    preparing = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+    decoders = max(1, (os.cpu_count() or 1) // 2)
+    # A client that leaves frees its turn, but not the thread.
+    turns, decoding = asyncio.Semaphore(decoders), ThreadPoolExecutor(decoders)
 
     def prepared(body: bytes) -> tuple[list[Sample], list[int], int, bool]:
         """The samples, patches of each, patches or tokens in all, and whether base64 is wanted."""
@@ -149,9 +152,10 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
 
     async def answer(body: bytes) -> Response:
         try:
-            async with preparing:
+            async with turns:
                 await batcher.has_space.wait()
-                samples, patches, used, in_base64 = await asyncio.to_thread(prepared, body)
+                work = asyncio.get_running_loop().run_in_executor(decoding, prepared, body)
+                samples, patches, used, in_base64 = await work
         except PIL.Image.DecompressionBombError as error:
             raise HTTPException(413, str(error)) from error
         except ValueError as error:

@@ -565,6 +565,58 @@ def test_what_began_before_the_look_is_thrown_away_where_the_model_has_changed(p
     torch.testing.assert_close(changed, plain, atol=1e-4 if engine else 0, rtol=0)
 
 
+WITHOUT_WEIGHTS = {
+    "a weight deleted": lambda tower: delattr(tower.encoder.layers[0].ffn.up_proj, "weight"),
+    "a weight normalised": lambda tower: nn.utils.parametrizations.weight_norm(tower.encoder.layers[0].ffn.up_proj),
+    "a bias taken away": lambda tower: setattr(tower.encoder.layers[0].attention.q_proj, "bias", None),
+    "a norm taken away": lambda tower: setattr(tower, "rms_norm", nn.Identity()),
+    "a sparse weight": lambda tower: setattr(
+        tower.encoder.layers[0].ffn.up_proj,
+        "weight",
+        nn.Parameter(tower.encoder.layers[0].ffn.up_proj.weight.detach().to_sparse()),
+    ),
+}
+
+
+@pytest.mark.parametrize("graphs_released", [False, True], ids=["", "graphs released"])
+@pytest.mark.parametrize("change", WITHOUT_WEIGHTS)
+def test_the_cuda_engine_begins_nothing_where_weights_are_gone(inputs, monkeypatch, change, graphs_released):
+    """The look comes after: nothing may be asked of a model that has changed."""
+    accelerated, cuda_engine = hub_module("accelerated"), hub_module("cuda_engine")
+    packed = packing_model(reference_model(qkv_bias=True))
+    engine = accelerated.ENGINES["cpu"]._replace(replay=accelerated.ENGINES["cuda"].replay)
+    monkeypatch.setitem(accelerated.ENGINES, "cpu", engine)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    packed(**inputs)
+    state = accelerated.current_state(packed)
+    state.engines |= {"cuda": cuda_engine.Engine(packed, state.weights()), "cuda refusal": (False, "asked before")}
+    WITHOUT_WEIGHTS[change](packed)
+    if graphs_released:
+        packed.release_cuda_graphs()
+    outcomes: list = []
+    for packed.use_engines in (True, False):
+        try:
+            outcomes.append(packed(**inputs).last_hidden_state)
+        except (AttributeError, RuntimeError) as error:
+            outcomes.append(repr(error))
+    if change == "a weight deleted":
+        assert outcomes == ["""AttributeError("'Linear' object has no attribute 'weight'")"""] * 2
+    else:
+        torch.testing.assert_close(*outcomes, atol=1e-5, rtol=0)
+
+
+@torch.enable_grad()
+def test_a_sparse_weight_is_trained_by_the_plain_model(packed, inputs):
+    projection = packed.encoder.layers[0].ffn.up_proj
+    expected = packed(**inputs).last_hidden_state
+    with torch.no_grad():
+        projection.weight = nn.Parameter(projection.weight.to_sparse_csr())
+    ours = packed(**inputs).last_hidden_state
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        assert "sparse" in outcome(packed, inputs)
+
+
 def test_a_replica_does_not_begin_with_the_record_of_its_original(packed, inputs, monkeypatch):
     accelerated = hub_module("accelerated")
     packed(**inputs)

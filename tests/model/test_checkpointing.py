@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -466,3 +467,39 @@ def test_the_tower_of_a_vision_language_model_under_trainer(tmp_path, monkeypatc
     expected, ours = trained(False), trained(True)
     for parameter, value in expected.items():
         assert (ours[parameter] - value).abs().max() <= 1e-6 * value.abs().max(), parameter
+
+
+def test_backward_passes_of_one_graph_may_run_at_once():
+    packed = packing_model(reference_model(), plain=True).train()
+    packed.gradient_checkpointing_enable({"use_reentrant": False})
+    features = packed(**pack(random_images(ODD_GRIDS))).last_hidden_state
+    parameters = list(packed.parameters())
+    losses = [features.square().mean(), features.sin().sum()]
+    expected = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+
+    def gradients(index: int) -> list[tuple]:
+        return [torch.autograd.grad(losses[index], parameters, retain_graph=True) for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for own, theirs in zip(threads.map(gradients, range(2)), expected, strict=True):
+            for once in own:
+                torch.testing.assert_close(once, theirs)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_replacement_of_torchs_checkpoint_is_called(monkeypatch, wraps):
+    calls, original = [], torch_checkpoint.checkpoint
+
+    def replacement(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    if wraps:
+        functools.update_wrapper(replacement, original)
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", replacement)
+    packed = packing_model(reference_model(), plain=True).train()
+    for layer in packed.encoder.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(replacement, use_reentrant=False)
+    packed(**pack(random_images(ODD_GRIDS))).last_hidden_state.sum().backward()
+    assert len(calls) == len(packed.encoder.layers)

@@ -374,3 +374,21 @@ def test_the_model_traces_for_one_mixed_layout():
         other = pack(random_images(ODD_GRIDS))
         ours, expected = traced(**other), packed(**other)
     assert (ours["last_hidden_state"] - expected.last_hidden_state).abs().max() < 1e-5
+
+
+def test_a_compiled_model_refuses_a_layout_of_other_patches():
+    packed = packing_model(reference_model(), plain=True)
+    layout = packed_layout(torch.tensor([[1, 1, 1]]), packed.config)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        torch.compile(packed, backend="eager")(torch.randn(8, 588), layout=layout)
+
+
+def test_learned_positions_that_were_never_computed_are_exported():
+    packed = packing_model(reference_model(is_native=False), plain=True)
+    layout = packed_layout(torch.tensor([[1, 2, 3], [1, 4, 4]]), packed.config)
+    patches = torch.randn(22, 588)
+    hub_module("layout").axis_taps.cache_clear()
+    program = torch.export.export(packed, (patches,), {"layout": layout}, strict=False).module()
+    with torch.no_grad():
+        ours, expected = (model(patches, layout=layout).last_hidden_state for model in (program, packed))
+    torch.testing.assert_close(ours, expected)
