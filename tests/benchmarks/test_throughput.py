@@ -61,6 +61,16 @@ def test_the_packed_model_has_weights_of_its_own_as_a_loaded_one(checkpoint):
     assert not any(weight.untyped_storage().data_ptr() in theirs for weight in models.packed.parameters())
 
 
+def test_what_is_timed_is_the_forward_alone(checkpoint, monkeypatch):
+    args = throughput.settings(checkpoint=str(checkpoint), against=None)
+    models = workloads.make_models(args, torch.float32)
+    forward = candidates.Candidates(models, [(2, 3), (4, 4)], args).forwards["packed sdpa"]
+    next(forward())
+    for name in ("train", "eval", "gradient_checkpointing_enable", "set_attn_implementation"):
+        monkeypatch.setattr(models.packed, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} was called"))
+    next(forward())
+
+
 def test_another_checkout_is_run_by_its_own_code_and_these_weights(checkpoint, tmp_path):
     args = throughput.settings(checkpoint=str(checkpoint), against=other_checkout(tmp_path / "older"))
     models = workloads.make_models(args, torch.float32)

@@ -116,7 +116,8 @@ def test_one_device_synchronisation_with_a_grid_on_the_device():
     inputs = on_gpu(pack(random_images(GRIDS)))
     grid_thw = inputs["grid_thw"].cuda()
     with torch.inference_mode(), warnings.catch_warnings(record=True) as caught:
-        packed(inputs["hidden_states"], grid_thw)
+        for _ in range(5):
+            packed(inputs["hidden_states"], grid_thw)
         caught.clear()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
