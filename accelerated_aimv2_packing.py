@@ -10,6 +10,7 @@ nobody can tell the difference: that is decided once per forward, from the state
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -28,7 +29,6 @@ from .cpu_engine_aimv2_packing import refusal as cpu_refusal
 from .cuda_engine_aimv2_packing import CudaGraphSettings, capture, lay_weights, release
 from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
-from .cuda_engine_aimv2_packing import replay as replay_on_cuda
 from .cuda_graphs_aimv2_packing import addresses_of
 from .layout_aimv2_packing import PackedLayout
 from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel
@@ -55,7 +55,7 @@ class Engine(NamedTuple):
 # By type of device.
 ENGINES = {
     "cpu": Engine(cpu_refusal, encode_on_cpu),
-    "cuda": Engine(cuda_refusal, encode_on_cuda, replay_on_cuda),
+    "cuda": Engine(cuda_refusal, encode_on_cuda, partial(encode_on_cuda, captures=False)),
 }
 
 

@@ -497,10 +497,13 @@ def encode(
     many layers, before the final norm, one for each of `depths`, which rise; and with `last` to the features after it,
     else `None`. In the dtype of the weights, tensors of their own; no layer after the last one needed runs.
 
-    With `captures=False` by a graph that is there and reads memory that the parameters still have, or `None`.
+    With `captures=False` by a graph that is there and reads memory that the parameters still have, or `None`; whether
+    the engine may run is then asked here, after that.
     """
     engine = engine_of(model, state) if captures else known_engine(state)
     if engine is None or engine.device != hidden_states.device:
+        return None
+    if not captures and refusal(model, hidden_states, layout, state) is not None:
         return None
     own, segments, settings = len(hidden_states), len(layout.cu_seqlens) - 1, model.cuda_graph_settings
     given = (layout.position_ids, layout.interp_indices, layout.interp_weights)
@@ -528,15 +531,6 @@ def encode(
         inputs.load(hidden_states, layout)
         states, features = engine.run(inputs, layout.lengths if segments >= MAX_SEGMENTS_PER_CALL else ())
         return tuple(state[:own] for state in states), features[:own] if last else None
-
-
-def replay(
-    model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout, state: Any, depths: tuple[int, ...], last: bool
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None] | None:
-    """[`encode`], where that needs no more than a graph that is there, or `None`."""
-    if known_engine(state) is None or refusal(model, hidden_states, layout, state) is not None:
-        return None
-    return encode(model, hidden_states, layout, state, depths, last, captures=False)
 
 
 def capture(model: nn.Module, state: Any, lengths: Sequence[int]) -> None:

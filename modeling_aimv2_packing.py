@@ -771,8 +771,9 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
         maps: list | None = [] if kwargs.get("output_attentions") or self.config.output_attentions else None
         states, last_hidden_state = self.encode(hidden_states, layout, depths, attentions=maps)
-        layout = layout.to(hidden_states.device, non_blocking=True)
-        pooled = self.head(last_hidden_state, layout) if self.config.use_head else None
+        pooled = None
+        if self.config.use_head:
+            pooled = self.head(last_hidden_state, layout.to(hidden_states.device, non_blocking=True))
         by_depth = dict(zip(depths, states, strict=True))
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
