@@ -257,7 +257,7 @@ def sizes_of(entry: Any, index: int) -> list[list[int]]:
     try:
         sizes = np.asarray(entry)
     except ValueError:  # pairs and others
-        sizes = np.empty(1, dtype=object)
+        sizes = np.empty(1)
     if sizes.size and (sizes.dtype.kind not in "iu" or sizes.ndim not in (1, 2) or sizes.shape[-1] != 2):
         raise ValueError(
             "`image_sizes` must hold a pair of integers, (height, width) in pixels, or a list of such pairs per "
@@ -316,7 +316,7 @@ def collated(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
         padded_texts = DataCollatorForSeq2Seq(tokenizer)(values)
         # Where no text is a label, it gives `labels` as `None`.
         batch.update({name: value for name, value in padded_texts.items() if value is not None})
-    return {name: batch[name] for name in [*columns, *batch] if name in batch}
+    return {name: batch[name] for name in [*columns, *batch]}
 
 
 class PackedBatchesMixin:

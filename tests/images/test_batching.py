@@ -67,9 +67,10 @@ def test_videos_of_every_form(processor):
     for one in (video, frames, tuple(frames), pictures, [video]):
         inputs = processor.preprocess_videos(one, return_tensors="np")
         assert np.array_equal(inputs["grid_thw"], expected["grid_thw"][:1])
-    for of_one_frame in (frames[:1], tuple(frames[:1])):
-        inputs = processor.preprocess_videos(of_one_frame, return_tensors="np")
-        assert inputs["grid_thw"].tolist() == [[1, *expected["grid_thw"][0, 1:].tolist()]]
+    for count in (1, 2):
+        for shorter in (frames[:count], tuple(frames[:count])):
+            inputs = processor.preprocess_videos(shorter, return_tensors="np")
+            assert inputs["grid_thw"].tolist() == [[count, *expected["grid_thw"][0, 1:].tolist()]]
 
 
 def test_a_video_file(processor, tmp_path):
@@ -132,8 +133,11 @@ def test_neighbours_are_packed_as_long_as_they_fit(max_items):
 
 
 def test_a_stream_is_packed_without_its_end():
-    groups = pack_in_order(itertools.count(1), lambda length: length, 6)
-    assert [next(groups) for _ in range(4)] == [[1, 2, 3], [4], [5], [6]]
+    """And a group that is full is given before the next item is read."""
+    stream = itertools.count(1)
+    groups = pack_in_order(stream, lambda length: length, 6)
+    assert next(groups) == [1, 2, 3] and next(stream) == 4
+    assert [next(groups) for _ in range(3)] == [[5], [6], [7]]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -106,6 +106,8 @@ def test_merging_frames_and_nothing(processor):
     assert merge(features[:0], grid_thw[:0], 2).shape == (0, 20)
     for arguments, message in (
         ((features, grid_thw, 4), "multiples of `merge_size`, 4"),
+        ((features[:12], torch.tensor([[1, 3, 4]]), 2), "multiples of `merge_size`, 2"),
+        ((features[:12], torch.tensor([[1, 4, 3]]), 2), "multiples of `merge_size`, 2"),
         ((features, grid_thw, 0), "merge_size"),
         ((features[1:], grid_thw, 2), "52 patches, but `features` holds 51"),
         ((features[None], grid_thw, 2), "shape"),
@@ -180,6 +182,8 @@ def test_several_images_in_an_example_and_none(processor):
 def test_examples_that_do_not_fit_together_are_refused(processor, examples, message):
     with pytest.raises(ValueError, match=message):
         processor.collate(examples)
+    with pytest.raises(ValueError, match=message):
+        list(processor.packed_stream(examples, 100))
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -214,6 +218,8 @@ def test_labels_that_are_numbers_are_no_texts(processor):
     assert torch.equal(batch["labels"], torch.tensor([0, 1]))
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert torch.equal(batch["input_ids"][1], torch.tensor(examples[1]["input_ids"]))
+    alone = processor.collate(examples[:1], tokenizer=tokenizer)
+    assert alone["input_ids"].tolist() == [examples[0]["input_ids"]] and alone["labels"].tolist() == [0]
 
 
 def test_one_call_gives_a_sampler_and_what_collates_its_batches(processor):

@@ -92,6 +92,8 @@ def layout_of_four(**changes):
         ({"cu_seqlens": [0, 4]}, "`cu_seqlens` must be a tensor of integers"),
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "`cu_seqlens` must be a tensor of integers"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "`cu_seqlens` must be a tensor of integers of shape (num_"),
+        ({"cu_seqlens": torch.tensor([[0, 4]])}, "`cu_seqlens` must be a tensor of integers of shape (num_segments"),
+        ({"cu_seqlens": torch.tensor([0, 4]).to_sparse()}, "(num_segments + 1,), got a torch.sparse_coo tensor"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "`cu_seqlens` describes 3 patches, but `hidden_states` holds 4"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "`cu_seqlens` must begin with 0 and rise"),
         ({"cu_seqlens": torch.tensor([0, 2, 2, 4])}, "`cu_seqlens` must begin with 0 and rise"),
@@ -247,7 +249,8 @@ def test_a_layout_computed_ahead_gives_the_same(is_native):
     with torch.inference_mode():
         expected = model(**inputs)
         layout = packed_layout(grid_thw, model.config)
-        for given in ({"layout": layout}, {"layout": with_positions(layout, model.config)}, theirs):
+        full = with_positions(layout, model.config)
+        for given in ({"layout": layout}, {"layout": full}, {"layout": dataclasses.replace(full, grids=None)}, theirs):
             ours = model(inputs["hidden_states"], **given)
             assert (ours.last_hidden_state - expected.last_hidden_state).abs().max() < 1e-5
             assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
@@ -329,9 +332,10 @@ def test_the_layout_of_no_images(merge_temporal):
 
 def test_segments_of_no_patches_are_a_valid_batch(model):
     given = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "position_ids": torch.zeros(0, 2, dtype=torch.int64)}
-    with torch.inference_mode():
-        outputs = model(patches(0), **given)
-    assert outputs.last_hidden_state.shape == outputs.pooler_output.shape == (0, 64)
+    for longest in (None, 0):
+        with torch.inference_mode():
+            outputs = model(patches(0), **given, max_seqlen=longest)
+        assert outputs.last_hidden_state.shape == outputs.pooler_output.shape == (0, 64)
 
 
 def test_hidden_states_are_asked_for_by_the_configuration_too():

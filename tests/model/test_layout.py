@@ -7,6 +7,7 @@ import itertools
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from reference import (
@@ -140,3 +141,16 @@ def test_equal_neighbours_share_a_call_as_long_as_it_is_small(side):
         expected += [(most, length)] * (count // most) + [(count % most, length)] * (count % most > 0)
     assert list(layout.runs) == expected
     assert dataclasses.replace(layout, runs=None).lengths == ()
+
+
+@pytest.mark.parametrize("lengths", [[3], [4, 4, 4], [1, 1], [2, 5, 1], [2, 2, 3], [1, 2]])
+def test_what_a_program_for_other_batches_computes_of_its_segments(lengths):
+    """Which patch is in which, and that they are of one length: a program for one size ends where they are not."""
+    module, cu_seqlens = hub_module("layout"), torch.tensor([0, *lengths]).cumsum(0).int()
+    ids = module.segment_ids(cu_seqlens, sum(lengths))
+    assert ids.dtype == torch.int64 and ids.tolist() == np.repeat(np.arange(len(lengths)), lengths).tolist()
+    if len(set(lengths)) == 1:
+        assert module.zero_if_of_one_length(cu_seqlens, sum(lengths)).tolist() == [0.0]
+    else:
+        with pytest.raises(IndexError):
+            module.zero_if_of_one_length(cu_seqlens, sum(lengths))
