@@ -152,11 +152,11 @@ def packed_layout(grid_thw: torch.Tensor, config: Aimv2PackingConfig, num_patche
     """
     grids = validate_grid_thw(grid_thw, num_patches)
     if config.merge_temporal:
-        frames, lengths = grids, [t * h * w for t, h, w in grids]
+        frames, lengths = [(h, w) for _, h, w in grids], [t * h * w for t, h, w in grids]
     else:
-        frames = tuple((1, h, w) for t, h, w in grids for _ in range(t))
-        lengths = [h * w for _, h, w in frames]
-    rows, columns = [h for _, h, _ in frames], [w for _, _, w in frames]
+        frames = [(h, w) for t, h, w in grids for _ in range(t)]
+        lengths = [h * w for h, w in frames]
+    rows, columns = [h for h, _ in frames], [w for _, w in frames]
     # One buffer, and one pass in C over plain integers: a tensor of a list is several times slower.
     values = torch.frombuffer(array("i", [*accumulate(lengths, initial=0), *rows, *columns]), dtype=torch.int32)
     return PackedLayout(
@@ -219,7 +219,7 @@ def axis_taps(size: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
     `(size, 4)` each: what transformers computes for an image whose other axis has as many patches as positions.
     """
     # Values, also where tensors are without: under torch.export.
-    with torch.inference_mode(False), _disable_current_modes():
+    with _disable_current_modes():
         grid_thw = torch.tensor([[1, size, num_positions]], device="cpu")
         computed = get_vision_interpolation_indices_and_weights(grid_thw, num_positions, mode="bicubic")
         # There the second tap of the first column is position 0, and has all the weight.
@@ -481,12 +481,12 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
     if torch.compiler.is_compiling() or is_traced():
         # A guard on each length would compile anew for each mix.
         return layout
-    if layout.runs is None:
-        layout = with_runs(layout, num_patches)
-    described = sum(segments * length for segments, length in layout.runs or ())
+    layout = with_runs(layout, num_patches)
+    runs = layout.runs or ()
+    described = sum(segments * length for segments, length in runs)
     if described != num_patches:
         raise ValueError(f"`layout` describes {described} patches, but `hidden_states` holds {num_patches}.")
-    num_segments = sum(segments for segments, _ in layout.runs or ())
+    num_segments = sum(segments for segments, _ in runs)
     if tuple(layout.cu_seqlens.shape) != (num_segments + 1,):
         raise ValueError(
             f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
@@ -499,7 +499,7 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
                 "`layout` must be computed with the model's configuration: with "
                 f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
             )
-    validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
+    validate_max_seqlen(layout.max_seqlen, max((length for _, length in runs), default=0))
     validate_positions(layout.tensors(), num_patches)
     return layout
 

@@ -225,6 +225,8 @@ def test_examples_without_an_image_are_refused(processor):
     for examples in ([{"label": 1}], [{"image": noise(20, 20, 3), "grid_thw": 1}]):
         with pytest.raises(ValueError, match="image_column"):
             processor.collate(examples)
+        with pytest.raises(ValueError, match="image_column"):
+            list(processor.packed_stream(examples, 100))
 
 
 def test_the_pipeline_takes_images_of_different_sizes(tmp_path):

@@ -208,6 +208,22 @@ def test_texts_are_padded_by_the_tokenizer(processor, as_tensor):
         assert len(batch["grid_thw"]) == 3 and "image" not in batch
 
 
+def test_packing_and_a_stream_make_the_batches_of_collate(processor):
+    """Of texts, and of images in a column of another name."""
+    tokenizer = clip_tokenizer()
+    examples = [
+        {"pictures": [picture(14, 28, index)] * index, "input_ids": tokenizer(text)["input_ids"]}
+        for index, text in enumerate(("a cat", "a photo of a dog", "dog"))
+    ]
+    options = {"image_column": "pictures", "tokenizer": tokenizer}
+    expected = processor.collate(examples, **options)
+    assert expected["num_images_per_sample"].tolist() == [0, 1, 2] and "pictures" not in expected
+    _, collate_fn = processor.packing([], 100, **options)
+    for batch in (collate_fn(examples), *processor.packed_stream(examples, 100, **options)):
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
 def test_labels_that_are_numbers_are_no_texts(processor):
     tokenizer = clip_tokenizer()
     examples = [

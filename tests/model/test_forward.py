@@ -73,8 +73,11 @@ def test_what_the_processor_makes_is_asked_for(model, given):
 
 
 def test_too_many_patches_to_count_are_refused():
-    with pytest.raises(ValueError, match=r"2\*\*31"):
-        packed_layout(torch.tensor([[1, 2**16, 2**16]]), Aimv2PackingConfig())
+    for grid in ([1, 2**16, 2**16], [1, 2, 2**30]):
+        with pytest.raises(ValueError, match=r"2\*\*31"):
+            packed_layout(torch.tensor([grid]), Aimv2PackingConfig())
+    most = packed_layout(torch.tensor([[1, 1, 2**31 - 1]]), Aimv2PackingConfig())
+    assert most.cu_seqlens.tolist() == [0, 2**31 - 1] and most.max_seqlen == 2**31 - 1
 
 
 def layout_of(grids, **changes):
