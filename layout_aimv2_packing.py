@@ -110,7 +110,7 @@ def equal_length_runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
             continue
         if segments:
             runs.append((segments, previous))
-        segments, previous, per_call = 1, length, max(1, MAX_PATCHES_PER_CALL // length)
+        segments, previous, per_call = 1, length, MAX_PATCHES_PER_CALL // length
     return (*runs, (segments, previous)) if segments else ()
 
 
@@ -272,7 +272,7 @@ def resolve_layout(
         return PackedLayout(**segments_from(given, num_patches), **positions)
     layout = (whole_layout if torch.compiler.is_compiling() else packed_layout)(grid_thw, config, num_patches)
     if positions:
-        layout = replace(layout, frame_sizes=None, num_positions=None, **positions)
+        layout = replace(layout, num_positions=None, **positions)
     if "cu_seqlens" in given:
         # The caller's own segments need not be those of the frames.
         layout = replace(layout, frame_sizes=None, **segments_from(given, num_patches))

@@ -106,6 +106,10 @@ def layout_of_four(**changes):
             "`position_ids` must be a tensor of integers of shape (4, 2)",
         ),
         ({"position_ids": torch.zeros(4, 2)}, "`position_ids` must be a tensor of integers of shape (4, 2)"),
+        (
+            {"position_ids": [[0, 0]] * 4},
+            "`position_ids` must be a tensor of integers of shape (4, 2), one row per patch",
+        ),
         ({"interp_indices": torch.zeros(4, 16)}, "`interp_indices` must be a tensor of integers of shape (4, 16)"),
         (
             {"interp_weights": torch.zeros(4, 16, dtype=torch.int64)},
