@@ -22,6 +22,7 @@ from conversion.local_code import local_class
 
 
 pack_in_order = local_class("batching_aimv2_packing.pack_in_order")
+PatchBudgetBatchSampler = local_class("batching_aimv2_packing.PatchBudgetBatchSampler")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -192,6 +193,13 @@ def test_replicas_share_the_batches_evenly(drop_last):
 def test_a_sampler_that_cannot_be_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         load("pil", min_patches=1).batch_sampler([(14, 14), (28, 70)], **kwargs)
+
+
+def test_numbers_from_0_to_the_budget_are_taken():
+    assert list(PatchBudgetBatchSampler([9, 0, 9], 9)) == [[0], [1, 2]]
+    for number in (-1, 10):
+        with pytest.raises(ValueError, match=f"from 0 to `max_patches_per_batch`, 9, got {number} for image 1"):
+            PatchBudgetBatchSampler([9, number], 9)
 
 
 def photographs() -> datasets.Dataset:

@@ -338,10 +338,11 @@ def test_the_layout_of_no_images(merge_temporal):
 
 
 def test_segments_of_no_patches_are_a_valid_batch(model):
-    given = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "position_ids": torch.zeros(0, 2, dtype=torch.int64)}
-    for longest in (None, 0):
+    own = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "position_ids": torch.zeros(0, 2, dtype=torch.int64)}
+    layout = packed_layout(torch.zeros(0, 3, dtype=torch.int64), model.config)
+    for given in (own, {**own, "max_seqlen": 0}, {"layout": layout}):
         with torch.inference_mode():
-            outputs = model(patches(0), **given, max_seqlen=longest)
+            outputs = model(patches(0), **given)
         assert outputs.last_hidden_state.shape == outputs.pooler_output.shape == (0, 64)
 
 

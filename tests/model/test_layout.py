@@ -154,3 +154,6 @@ def test_what_a_program_for_other_batches_computes_of_its_segments(lengths):
     else:
         with pytest.raises(IndexError):
             module.zero_if_of_one_length(cu_seqlens, sum(lengths))
+    elsewhere = cu_seqlens.to("meta")
+    assert module.segment_ids(elsewhere, sum(lengths)).shape == (sum(lengths),)
+    assert module.zero_if_of_one_length(elsewhere, sum(lengths)).is_meta

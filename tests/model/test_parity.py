@@ -148,19 +148,20 @@ def test_both_patch_layouts_give_the_same_features():
     assert (ours - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("side", [4, 1])
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 1), (9, 4), (13, 17)])
-def test_learned_positions_are_interpolated_like_torch(grid):
+def test_learned_positions_are_interpolated_like_torch(grid, side):
     """Exact at the native grid; elsewhere what `F.interpolate` makes of the learned table."""
-    reference = reference_model(is_native=False)
+    reference = reference_model(is_native=False, image_size=14 * side)
     packed = packing_model(reference)
     layout = with_positions(packed_layout(torch.tensor([(2, *grid)]), packed.config), packed.config)
     learned = reference.embeddings.position_embedding.weight.detach()
     with torch.inference_mode():
         ours = packed.embeddings.learned_positions(layout)
-    table = learned.T.reshape(1, -1, 4, 4)
+    table = learned.T.reshape(1, -1, side, side)
     expected = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2)[0].T
     assert (ours - expected.repeat(2, 1)).abs().max() < 1e-5
-    if grid == (4, 4):
+    if grid == (side, side):
         assert torch.equal(ours, learned.repeat(2, 1))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(packed.embeddings.learned_positions(layout), ours)
