@@ -197,6 +197,7 @@ def test_a_sampler_that_cannot_be_is_refused(kwargs, message):
 
 def test_numbers_from_0_to_the_budget_are_taken():
     assert list(PatchBudgetBatchSampler([9, 0, 9], 9)) == [[0], [1, 2]]
+    assert len(PatchBudgetBatchSampler([6, 0, 4], 10, shuffle=True)) == 1
     for number in (-1, 10):
         with pytest.raises(ValueError, match=f"from 0 to `max_patches_per_batch`, 9, got {number} for image 1"):
             PatchBudgetBatchSampler([9, number], 9)
