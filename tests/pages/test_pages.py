@@ -120,7 +120,8 @@ NOT_RUN = {
     ): GPU,
     (
         "docs/serving.md",
-        "python benchmarks/serving.py --rates 1000 --seconds 1 --layers 2 --width 256 --kinds packed --max-requests 1000",
+        "python benchmarks/serving.py --rates 1000 --seconds 1 --layers 2 --width 256 --kinds packed "
+        "--max-requests 1000",
     ): MINUTES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (
