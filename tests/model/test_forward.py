@@ -297,6 +297,17 @@ def test_half_of_the_interpolation_may_be_given(name):
         assert torch.equal(model(inputs["hidden_states"], layout=half).last_hidden_state, expected)
 
 
+def test_positions_outside_the_grid_may_be_given(model):
+    """Of an image cut from a larger one: what its patches alone, as one segment, give at these positions."""
+    inputs = pack(random_images([(2, 3)]))
+    inside = with_positions(packed_layout(inputs["grid_thw"], model.config), model.config).position_ids
+    with torch.inference_mode():
+        for position_ids in (inside, inside + torch.tensor([4, 40]), inside - 5):
+            ours = model(**inputs, position_ids=position_ids).last_hidden_state
+            given = {"cu_seqlens": torch.tensor([0, 6]), "position_ids": position_ids}
+            assert (ours - model(inputs["hidden_states"], **given).last_hidden_state).abs().max() < 1e-5
+
+
 def test_positions_of_no_frames_are_refused():
     config = Aimv2PackingConfig()
     layout = dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), config), grids=None)
