@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -36,7 +36,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 from transformers.utils import is_torchvision_available
 
-from .batching_aimv2_packing import PackedBatchesMixin
+from .batching_aimv2_packing import PackedBatchesMixin, flat_list, is_list
 
 
 if TYPE_CHECKING:
@@ -356,13 +356,6 @@ def check_channels(images: list, do_normalize: bool | None, **statistics: float 
             raise ValueError(f"`{name}` must hold a number per channel, {counts[0]}, got {len(values)}: {values}.")
 
 
-def flat_list(images: Any) -> list:
-    """The images of nested lists and of 4-dimensional arrays, one by one."""
-    if isinstance(images, (list, tuple)):
-        return [image for element in images for image in flat_list(element)]
-    return list(images) if getattr(images, "ndim", None) == 4 else [images]
-
-
 def unscaled_error(found: str) -> str:
     return (
         f"With `do_rescale=False` and `do_normalize` an image must hold floats from 0 to 1, got {found}: leave "
@@ -537,7 +530,7 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         if isinstance(given, (str, os.PathLike)):
             return open_image(given, allow_urls, max_image_pixels)
         # Such as a list, or a column of a dataset.
-        if isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray)):
+        if is_list(given):
             return [self.fetch_images(element, allow_urls, max_image_pixels) for element in given]
         if not isinstance(given, (PIL.Image.Image, np.ndarray, torch.Tensor)):
             raise TypeError(
