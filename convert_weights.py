@@ -194,7 +194,8 @@ def run(options: argparse.Namespace) -> None:
     reference = read_source(options.reference, vision_only=without_text) if options.reference else None
     if options.images:
         # Before the conversion, which takes longer.
-        read_images(getattr(source.model.config, "vision_config", source.model.config), options.images)
+        model = source.model
+        read_images(model.config if isinstance(model, Encoder) else model.config.vision_config, options.images)
     output: Path | None = options.output_dir
     if output is None and not is_converted(source.folder):
         raise ValueError(f"{options.source} is not converted yet: give an OUTPUT_DIR.")

@@ -289,7 +289,7 @@ def checked_array(
             image = torch.from_numpy(np.require(native, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"An image must hold integers or floats, got {image.dtype}.") from error
-    shape = tuple(image.shape)
+    shape, given_format = tuple(image.shape), input_data_format
     if image.ndim == 2:
         image, input_data_format = image[None], ChannelDimension.FIRST
     if image.ndim != 3 or image.numel() == 0:
@@ -309,8 +309,8 @@ def checked_array(
         image = image.permute(2, 0, 1)
     if len(image) not in CHANNELS:
         raise ValueError(
-            f"The channel dimension of an image must hold 1, 3 or 4 channels, got {len(image)} as the shape is {shape} "
-            f"and `input_data_format` '{ChannelDimension(input_data_format).value}'."
+            "An image must have 1, 3 or 4 channels, its first or last dimension is the channel dimension, got shape "
+            f"{shape}, `input_data_format` {given_format!r}."
         )
 
     dtype = image.dtype
