@@ -280,6 +280,9 @@ def flat_list(images: Any) -> list:
 
 
 def is_list(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        # As the library datasets gives images of different sizes with its NumPy format.
+        return value.dtype == object
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset, Features, Image
 from test_image_processing import BACKENDS, load, noise
 
 
@@ -100,6 +101,16 @@ def test_images_may_be_nested_and_batches_lie_beside_single_ones(processor):
     expected = patches(processor, [batch[0], batch[1], RGB, GRAY])
     for images in ([batch, RGB, GRAY], [[[batch]], [RGB, [GRAY]]], (batch, ([RGB], GRAY))):
         assert torch.equal(patches(processor, images), expected)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", None])
+def test_columns_of_images_of_different_sizes_in_every_format_of_datasets(processor, name):
+    images = [RGB, PIL.Image.fromarray(noise(28, 42, 3))]
+    dataset = Dataset.from_dict({"image": images}, features=Features({"image": Image()})).with_format(name)
+    expected = patches(processor, images)
+    for column in (dataset[:]["image"], dataset["image"]):
+        assert torch.equal(patches(processor, column), expected)
+        assert torch.equal(processor.collate([{"image": column}])["hidden_states"], expected)
 
 
 @pytest.mark.parametrize("shape", [(50,), (1, 1, 3, 20, 20), (0, 5, 3)])
