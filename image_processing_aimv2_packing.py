@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 from .batching_aimv2_packing import PackedBatchesMixin, flat_list, is_list
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     # transformers saves a processor with every file that an import names: this one, which `modules.json` names.
     from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 # A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives
 # to another program (EPS, to Ghostscript) or to the system (WMF), formats without a signature, for which any bytes may
@@ -128,8 +130,15 @@ def open_image(
         ValueError: a data URI is not in base64, a URL is not allowed, or base64 is too long.
         OSError: it holds no image of `IMAGE_FORMATS`, a broken or too large one; it is no regular file; a URL's body
             is too large or too slow, or it redirects to an address that is not public.
+        TypeError: `source` is bytes, or else none of these.
         `httpx.HTTPError`: the URL cannot be read.
     """
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        # PIL takes bytes for a path, which may be a stranger's.
+        raise TypeError(
+            f"`source` must be a path, a URL, base64 or a binary file, got {type(source).__name__}: of bytes, give "
+            "`io.BytesIO(data)`."
+        )
     described = repr(source)
     if isinstance(source, str) and len(source) > 200:
         described = f"{source[:80]!r}... of {len(source)} characters"
@@ -481,6 +490,9 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         return super().from_dict(fields, **lower_minimum(kwargs, fields.get("min_patches", cls.min_patches)))
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        device = kwargs.get("device", self.device)
+        if self.backend == "pil" and str(device or "cpu") != "cpu":
+            logger.warning_once(f"`device` {device} is for the torchvision backend: with PIL patches are on the CPU.")
         return super().preprocess(images, *args, **lower_minimum(kwargs, self.min_patches))
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:

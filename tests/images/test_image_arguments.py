@@ -125,3 +125,23 @@ def test_what_is_no_image_is_told_what_is_one(processor, image):
     for images in (image, [RGB, image]):
         with pytest.raises(TypeError, match=rf"`images`.*{type(image).__name__}.*open_image"):
             processor(images)
+
+
+@pytest.mark.parametrize("given", ["call", "processor"])
+def test_a_device_that_pil_does_not_know_is_said(given, caplog):
+    processor = load("pil", device="cuda:0" if given == "processor" else None)
+    processor(RGB, **({"device": torch.device("cuda:1")} if given == "call" else {}))
+    assert "`device` cuda:" in caplog.text and "CPU" in caplog.text
+    caplog.clear()
+    load("pil")(RGB, device="cpu")
+    assert not caplog.text
+
+
+def test_bytes_are_no_path(processor, tmp_path):
+    RGB.save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    for source in (str(tmp_path / "image.png").encode(), content, bytearray(content), None, 0):
+        with pytest.raises(TypeError, match=rf"`source` must be .* got {type(source).__name__}: .*BytesIO"):
+            processor.open_image(source)
+    with (tmp_path / "image.png").open("rb") as file:
+        assert processor.open_image(file).size == RGB.size
