@@ -490,6 +490,9 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         return super().from_dict(fields, **lower_minimum(kwargs, fields.get("min_patches", cls.min_patches)))
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        limits = [name for name in ("min_patches", "max_patches") if kwargs.get(name) is not None]
+        if limits and (side := kwargs.get("image_size", self.image_size)) is not None:
+            logger.warning_once(f"`{limits[0]}` does nothing while `image_size` is {side}: give `image_size=None` too.")
         device = kwargs.get("device", self.device)
         if self.backend == "pil" and str(device or "cpu") != "cpu":
             logger.warning_once(f"`device` {device} is for the torchvision backend: with PIL patches are on the CPU.")

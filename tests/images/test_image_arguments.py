@@ -145,3 +145,15 @@ def test_bytes_are_no_path(processor, tmp_path):
             processor.open_image(source)
     with (tmp_path / "image.png").open("rb") as file:
         assert processor.open_image(file).size == RGB.size
+
+
+@pytest.mark.parametrize("name", ["min_patches", "max_patches"])
+def test_limits_that_a_fixed_size_ignores_are_said(processor, name, caplog):
+    # Each message is given once in a process.
+    side = 70 + 14 * BACKENDS.index(processor.backend)
+    assert len(patches(processor, RGB, **{"image_size": side, name: 30})) == (side // 14) ** 2
+    assert f"`{name}` does nothing while `image_size` is {side}" in caplog.text
+    caplog.clear()
+    processor(RGB, **{"image_size": None, name: 30})
+    processor(RGB, image_size=side)
+    assert not caplog.text
