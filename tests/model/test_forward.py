@@ -172,6 +172,11 @@ def test_unknown_arguments_are_refused_by_name(model):
 def test_attention_maps_of_other_kernels_than_eager_are_refused(model):
     with pytest.raises(ValueError, match=r"`output_attentions` needs `attn_implementation='eager'`.*got 'sdpa'"):
         model(patches(4), torch.tensor([[1, 2, 2]]), output_attentions=True)
+    packed = packing_model(reference_model(), attn="eager")
+    packed.config.output_attentions = True
+    packed.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r"`output_attentions` needs `attn_implementation='eager'`.*got 'sdpa'"):
+        packed(patches(4), torch.tensor([[1, 2, 2]]))
 
 
 def test_attention_maps_are_those_of_the_original_image_by_image():
