@@ -1,0 +1,36 @@
+# Copyright 2026 The AIMv2 packing authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Options that have no meaning for a run are refused, before anything is done."""
+
+from pathlib import Path
+
+import pytest
+from corpora import IMAGES, archive_of, extract, write_images
+
+
+@pytest.mark.parametrize("option", ["image_column", "id_column"])
+@pytest.mark.parametrize("kind", ["image", "archive"])
+def test_columns_of_what_has_none(head_repo: Path, tmp_path: Path, option: str, kind: str) -> None:
+    files = {"a.tar": archive_of(list(IMAGES.items()))} if kind == "archive" else IMAGES
+    source = write_images(tmp_path / "in", files)
+    message = f"`--{option.replace('_', '-')}` is for Parquet files and manifests, got key with .* {kind}"
+    with pytest.raises(ValueError, match=message):
+        extract(head_repo, source, tmp_path / "out", **{option: "key"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", [{"num_workers": 1}, {"address": "127.0.0.1:9"}])
+@pytest.mark.parametrize("device", ["cuda:1", "meta"])
+def test_one_device_on_ray(head_repo: Path, tmp_path: Path, where: dict, device: str) -> None:
+    """Which has one for each worker."""
+    with pytest.raises(ValueError, match=f"`--device` must be cuda or cpu with `--num-workers` .* got {device}"):
+        extract(head_repo, write_images(tmp_path / "in"), tmp_path / "out", device=device, **where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_where_the_cluster_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ray = pytest.importorskip("corpus.on_ray")
+    assert on_ray.gpus_of({"CPU": 4.0}, None) == on_ray.gpus_of({"CPU": 4.0, "GPU": 2.0}, "cpu") == 0
+    assert on_ray.gpus_of({"CPU": 4.0, "GPU": 2.0}, None) == on_ray.gpus_of({"CPU": 4.0, "GPU": 2.0}, "cuda") == 2
+    with pytest.raises(ValueError, match="`--device` cuda needs a GPU, and Ray has none"):
+        on_ray.gpus_of({"CPU": 4.0}, "cuda")
