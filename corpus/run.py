@@ -52,6 +52,11 @@ def run(options: Options) -> None:
         # Or what still runs when a failed run ends would start Ray once more.
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         engine = import_module("corpus.on_ray")
+    if engine is not in_process and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            "`--device` must be cuda or cpu with `--num-workers` or `--address`, where each worker has one of its own, "
+            f"got {options.device}."
+        )
     output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
     if options.num_shards is not None and not output.files() and (other := recorded_shard(options.output)):
@@ -123,7 +128,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     side = (processor.image_size or 0) // processor.patch_size
     largest = side**2 or processor.max_patches
     patches_per_batch = options.patches_per_batch or max(
-        largest, PATCHES_ON_CPU if device_of(options.device) == "cpu" and not options.address else PATCHES_ON_GPU
+        largest, PATCHES_ON_CPU if not options.address and device_of(options.device) == "cpu" else PATCHES_ON_GPU
     )
     if patches_per_batch < largest:
         raise ValueError(
@@ -135,6 +140,12 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     formats = tuple(local_class("image_processing_aimv2_packing.image_formats")())
     corpus = corpus_of(inputs, options.output, formats)
     is_parquet = corpus.kind == "parquet"
+    for option, given in (("image", options.image_column != Options.image_column), ("id", options.id_column)):
+        if given and not is_parquet:
+            column = vars(options)[f"{option}_column"]
+            raise ValueError(
+                f"`--{option}-column` is for Parquet files and manifests, got {column} with files of kind {corpus.kind}."
+            )
     check_keep(options.keep, corpus.kind, formats)
     # Of an archive they are texts.
     keep = pa.schema([(name, pa.string()) for name in options.keep])
