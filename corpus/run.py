@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from conversion.local_code import CODE_FOLDER, local_class
@@ -57,6 +58,10 @@ def run(options: Options) -> None:
             "`--device` must be cuda or cpu with `--num-workers` or `--address`, where each worker has one of its own, "
             f"got {options.device}."
         )
+    for name, locations in (("input", options.input), ("output", [options.output])):
+        # Which would be the working folder.
+        if "" in locations:
+            raise ValueError(f"`--{name}` must be a folder, a file or a URL, got ''.")
     output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
     if options.num_shards is not None and not output.files() and (other := recorded_shard(options.output)):
@@ -120,7 +125,10 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         ValueError: an argument does not fit the model or the input.
     """
     folder, commit = model_folder(options.model, options.revision)
-    config = local_class("configuration_aimv2_packing.Aimv2PackingConfig").from_pretrained(folder)
+    try:
+        config = local_class("configuration_aimv2_packing.Aimv2PackingConfig").from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"`--model` {printable(options.model)}: its config.json cannot be used: {error}") from error
     pooling = check_pooling(options.pooling, options.model, config_of(folder), config.use_head)
     processor = load_processor(folder, options.max_patches, options.image_size)
     # Settings that do not fit each other show when it is used.
@@ -142,9 +150,8 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     is_parquet = corpus.kind == "parquet"
     for option, given in (("image", options.image_column != Options.image_column), ("id", options.id_column)):
         if given and not is_parquet:
-            column = vars(options)[f"{option}_column"]
             raise ValueError(
-                f"`--{option}-column` is for Parquet files and manifests, got {column} with files of kind {corpus.kind}."
+                f"`--{option}-column` is for Parquet files and manifests, got files of kind {corpus.kind}."
             )
     check_keep(options.keep, corpus.kind, formats)
     # Of an archive they are texts.

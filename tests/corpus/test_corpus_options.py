@@ -13,7 +13,7 @@ from corpora import IMAGES, archive_of, extract, write_images
 def test_columns_of_what_has_none(head_repo: Path, tmp_path: Path, option: str, kind: str) -> None:
     files = {"a.tar": archive_of(list(IMAGES.items()))} if kind == "archive" else IMAGES
     source = write_images(tmp_path / "in", files)
-    message = f"`--{option.replace('_', '-')}` is for Parquet files and manifests, got key with .* {kind}"
+    message = f"`--{option.replace('_', '-')}` is for Parquet files and manifests, got files of kind {kind}"
     with pytest.raises(ValueError, match=message):
         extract(head_repo, source, tmp_path / "out", **{option: "key"})
     assert not (tmp_path / "out").exists()
@@ -34,3 +34,25 @@ def test_a_gpu_where_the_cluster_has_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert on_ray.gpus_of({"CPU": 4.0, "GPU": 2.0}, None) == on_ray.gpus_of({"CPU": 4.0, "GPU": 2.0}, "cuda") == 2
     with pytest.raises(ValueError, match="`--device` cuda needs a GPU, and Ray has none"):
         on_ray.gpus_of({"CPU": 4.0}, "cuda")
+
+
+def test_an_empty_path_is_no_working_folder(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a variable of the shell has no value."""
+    source = write_images(tmp_path / "in")
+    monkeypatch.chdir(source)
+    for given, output, name in (
+        ("", tmp_path / "out", "input"),
+        (["0.png", ""], "out", "input"),
+        ("0.png", "", "output"),
+    ):
+        with pytest.raises(ValueError, match=f"`--{name}` must be a folder, a file or a URL, got ''"):
+            extract(head_repo, given, output)
+    assert {file.name for file in source.iterdir()} == IMAGES.keys() and not (tmp_path / "out").exists()
+
+
+def test_an_input_that_is_the_output_is_said(head_repo: Path, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "in")
+    for output in (source, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"what lies in `--output` {output} is no input"):
+            extract(head_repo, source, output)
+    assert {file.name for file in source.iterdir()} == IMAGES.keys()
