@@ -233,7 +233,7 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
     """
     record = output.record()
     begun = {
-        "model": options.model,
+        "model": job.model,
         "commit": job.revision,
         "input": [without_credentials(location) for location in job.inputs],
         "code": code_hash(CODE_FOLDER),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from corpora import IMAGES, archive_of, extract, write_images
 
+from corpus.output import Output
+
 
 @pytest.mark.parametrize("option", ["image_column", "id_column"])
 @pytest.mark.parametrize("kind", ["image", "archive"])
@@ -56,3 +58,12 @@ def test_an_input_that_is_the_output_is_said(head_repo: Path, tmp_path: Path) ->
         with pytest.raises(FileNotFoundError, match=f"what lies in `--output` {output} is no input"):
             extract(head_repo, source, output)
     assert {file.name for file in source.iterdir()} == IMAGES.keys()
+
+
+def test_the_record_finds_the_model_from_any_folder(head_repo: Path, tmp_path: Path, monkeypatch) -> None:
+    """A relative path would be another model there, or one of the Hub."""
+    source = write_images(tmp_path / "in", {"0.png": IMAGES["0.png"]})
+    monkeypatch.chdir(head_repo.parent)
+    extract(head_repo.name, source, tmp_path / "out")
+    record = Output(str(tmp_path / "out")).record()
+    assert record is not None and record["begun"]["model"] == str(head_repo)
