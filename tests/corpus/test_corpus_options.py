@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options that have no meaning for a run are refused, before anything is done."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from corpora import IMAGES, archive_of, extract, write_images
 
+import extract_features
 from corpus.output import Output
 
 
@@ -67,3 +69,23 @@ def test_the_record_finds_the_model_from_any_folder(head_repo: Path, tmp_path: P
     extract(head_repo.name, source, tmp_path / "out")
     record = Output(str(tmp_path / "out")).record()
     assert record is not None and record["begun"]["model"] == str(head_repo)
+
+
+def test_an_object_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its package raises is no OSError."""
+    exceptions = pytest.importorskip("botocore.exceptions")
+    endpoint = "https://somebody:secret@store.example/x?token=secret"
+    monkeypatch.setattr(sys, "argv", ["extract_features.py", "--output", "s3://bucket/out", "--status"])
+    for error, text in (
+        (exceptions.NoCredentialsError(), "Unable to locate credentials"),
+        (exceptions.EndpointConnectionError(endpoint_url=endpoint), 'endpoint URL: "https://store.example/x"'),
+    ):
+
+        def fail(location: str, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("corpus.shards.status_lines", fail)
+        with pytest.raises(SystemExit) as ended:
+            extract_features.main()
+        message = str(ended.value)
+        assert text in message and "check the credentials and the connection" in message and "\n" not in message
