@@ -25,6 +25,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -36,6 +37,7 @@ from .layout_aimv2_packing import (
     VISION_UTILS_NAMES,
     PackedLayout,
     is_traced,
+    kind_of,
     mean_over_segments,
     resolve_layout,
     segment_ids,
@@ -820,20 +822,50 @@ class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
         """
         Args:
             hidden_states, grid_thw, kwargs: As for [`~Aimv2PackingModel.forward`].
-            labels (`torch.Tensor` of integers of shape `(num_images,)`, *optional*): For the loss.
+            labels (`torch.Tensor` of `num_segments` labels, *optional*):
+                For the loss that `config.problem_type` names, as in transformers: integers are classes; real values of
+                shape `(num_segments, num_labels)` are targets.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                Labels of all batches of a step, as Trainer counts them: the loss is then the part of these images in
+                the mean over all. By default it is the mean over these.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`]: `logits` of shape `(num_segments, num_labels)`,
             and `loss` where labels were given.
+
+        Raises:
+            ValueError: there is not a label per segment, or an argument of [`~Aimv2PackingModel.forward`] is wrong.
         """
+        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.ndim == 0):
+            raise ValueError(f"`labels` must be a tensor with one label per segment, got {kind_of(labels)}.")
         outputs = self.vision_model.get_image_features(hidden_states, grid_thw, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         return ImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            loss=None if labels is None else self._loss(labels, logits, kwargs.get("num_items_in_batch")),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(
+        self, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        if len(labels) != len(logits):
+            raise ValueError(
+                f"`labels` must hold one label per segment, {len(logits)} in all, got shape {tuple(labels.shape)}."
+            )
+        if not labels.is_floating_point():
+            labels = labels.to(torch.int64)
+        given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        loss = self.loss_function(labels, logits, self.config, **given)
+        if (
+            given
+            and self.loss_function is ForSequenceClassificationLoss
+            and self.config.problem_type != "single_label_classification"
+        ):
+            # Of transformers' losses only cross entropy heeds it.
+            loss = loss * (labels.numel() / num_items_in_batch)
+        return loss
 
 
 __all__ = ["Aimv2PackingForImageClassification", "Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]
