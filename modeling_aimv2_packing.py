@@ -9,6 +9,7 @@ stays inside a segment. Everything else in the model works on one patch at a tim
 Letters in the comments: N patches of all images together, S segments, D hidden size, H heads, K = D / H head size.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import initialization as init
+from transformers import modeling_layers
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
@@ -191,6 +193,21 @@ def segment_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+# What people replace to see or change products, norms, gates and attention.
+FUNCTIONS = {
+    **{name: getattr(torch._C._nn, name) for name in ("linear", "scaled_dot_product_attention")},
+    **{name: getattr(F, name) for name in ("rms_norm", "silu")},
+}
+OWN_ATTENTION = segment_attention
+
+
+def replaced_function() -> str | None:
+    """Whose function has been replaced that the layers call, or `None`."""
+    if any(getattr(F, name) is not function for name, function in FUNCTIONS.items()):
+        return "torch.nn.functional"
+    return None if segment_attention is OWN_ATTENTION else "the modeling file"
+
+
 # Gradient checkpointing
 
 # Where modules are defined whose forward draws no random number, but by the `nn.Dropout`s below them.
@@ -226,7 +243,7 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
             or may_draw_random_numbers(self)
         ):
             return function
-        if keywords == {"use_reentrant": False} and is_of_torch(function.func):
+        if keywords == {"use_reentrant": False} and is_from(function.func, torch_checkpoint, torch._compile):
             function = partial(checkpoint, **keywords)
         return partial(function, preserve_rng_state=False)
 
@@ -235,11 +252,12 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
         self.__dict__["_gradient_checkpointing_func"] = function
 
 
-def is_of_torch(function: Any) -> bool:
-    """Whether this is `torch.utils.checkpoint.checkpoint`, and nobody's replacement for it."""
+def is_from(function: Any, *modules: Any) -> bool:
+    """Whether this function, and all that it wraps, is written in these modules: nobody's replacement for it."""
+    files = [getattr(module, "__file__", None) for module in modules]
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or code.co_filename not in (torch_checkpoint.__file__, torch._compile.__file__):
+        if code is None or code.co_filename not in files:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -335,7 +353,7 @@ def may_draw_random_numbers(layer: nn.Module) -> bool:
     flash = is_flash_attention_requested(requested_attention_implementation=implementation)
     if layer.config.attention_dropout or not (interface is known or flash):
         return True
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or replaced_function():
         return True
     return not all(map(draws_nothing, layer.modules()))
 
@@ -344,11 +362,13 @@ def draws_nothing(module: nn.Module) -> bool:
     for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
         if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
             return False
-    if "forward" in module.__dict__:
+    forward = type(module).forward
+    # Not only by its `__module__`, which `functools.wraps` copies.
+    if "forward" in module.__dict__ or not is_from(forward, sys.modules.get(forward.__module__), modeling_layers):
         return False
     if type(module) in DROPOUTS:
         return not module.training or module.p == 0
-    return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
+    return type(module) in ACTIVATIONS or forward.__module__ in DETERMINISTIC
 
 
 # Layers

@@ -14,12 +14,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, pack, packed_layout, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, REPO, hub_module, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import Trainer, TrainingArguments
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -154,10 +155,33 @@ def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_s
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
 
 
-@pytest.mark.parametrize("what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa"])
+def noisy(function):
+    @functools.wraps(function)
+    def with_noise(*args, **kwargs):
+        return add_noise(None, (), function(*args, **kwargs))
+
+    return with_noise
+
+
+# The owner of a function, and its name.
+REPLACED = {
+    "a layer's class, patched": (hub_module("modeling").Aimv2PackingMLP, "forward"),
+    "a class of torch, patched": (nn.RMSNorm, "forward"),
+    "an activation's class, patched": (type(ACT2FN["silu"]), "forward"),
+    "a function of torch, patched": (nn.functional, "linear"),
+    "our attention, patched": (hub_module("modeling"), "segment_attention"),
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa", *REPLACED]
+)
 def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
     if what == "the attention called sdpa":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", noisy_attention)
+    if what in REPLACED:
+        owner, name = REPLACED[what]
+        monkeypatch.setattr(owner, name, noisy(getattr(owner, name)))
     reference, inputs = reference_model(torch.float64, num_hidden_layers=LAYERS), pack(random_images(ODD_GRIDS))
     expected, ours = {}, {}
     for found, checkpointing in ((expected, False), (ours, True)):
