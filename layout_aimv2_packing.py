@@ -34,6 +34,12 @@ POSITIONS = ("position_ids", "interp_indices", "interp_weights")
 # Under these names transformers' `vision_utils` computes them.
 VISION_UTILS_NAMES = ("cu_seqlens", "max_seqlen", *POSITIONS)
 
+# What attention of one's own segments is asked for by in transformers' language models.
+NAMES_HERE = {
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), "cu_seqlens"),
+    **dict.fromkeys(("max_length_q", "max_length_k"), "max_seqlen"),
+}
+
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -411,10 +417,15 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
             f"{config._attn_implementation!r}."
         )
-    known = {*VISION_UTILS_NAMES, *TransformersKwargs.__annotations__, "use_cache"}
-    for name in (name for name, value in kwargs.items() if value is not None and name not in known):
-        hint = " Its name here is `grid_thw`." if name.endswith("_grid_thw") else ""
-        raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
+    known = {*VISION_UTILS_NAMES, "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"}
+    for name, value in kwargs.items():
+        # Of a switch that others have, off changes nothing.
+        off = value is None or (value is False and name in TransformersKwargs.__annotations__)
+        if not off and name not in known:
+            own = "grid_thw" if name.endswith("_grid_thw") else NAMES_HERE.get(name)
+            raise TypeError(
+                f"`{name}` is not an argument of `forward`." + (f" Its name here is `{own}`." if own else "")
+            )
 
 
 def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig) -> None:

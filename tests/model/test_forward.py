@@ -155,9 +155,30 @@ def test_unknown_arguments_are_refused_by_name(model):
         "attention_mask": None,
         "output_attentions": None,
         "num_items_in_batch": torch.ones(()),
+        "use_cache": True,
+        "is_causal": False,
+        "output_router_logits": False,
     }
     with torch.inference_mode():
         assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("is_causal", True, None),
+        ("cu_seq_lens_q", torch.tensor([0, 1, 4]), "cu_seqlens"),
+        ("cu_seq_lens_k", torch.tensor([0, 1, 4]), "cu_seqlens"),
+        ("max_length_q", 2, "max_seqlen"),
+        ("max_length_k", 2, "max_seqlen"),
+        ("seq_idx", torch.zeros(1, 4), None),
+        ("output_router_logits", True, None),
+    ],
+)
+def test_arguments_of_transformers_that_would_change_nothing_are_refused(model, name, value, own):
+    hint = rf" Its name here is `{own}`\." if own else ""
+    with pytest.raises(TypeError, match=rf"^`{name}` is not an argument of `forward`\.{hint}$"):
+        model(patches(4), torch.tensor([[1, 2, 2]]), **{name: value})
 
 
 def test_attention_maps_of_other_kernels_than_eager_are_refused(model):
