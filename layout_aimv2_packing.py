@@ -45,6 +45,8 @@ INTEGER_DTYPES = {
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 }
 
+INDEX_DTYPES = {"cu_seqlens": torch.int32, "position_ids": torch.int64, "interp_indices": torch.int64}
+
 
 @dataclass(eq=False)
 class PackedLayout:
@@ -67,6 +69,7 @@ class PackedLayout:
         interp_indices (`torch.Tensor`, int64 of shape `(total_patches, 16)`, or `None`): The learned positions that
             bicubic interpolation reads; `None` with native positions, and until [`with_positions`] has computed them.
         interp_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Their weights.
+        num_grid_per_side (`int`, or `None`): How many learned positions a side has whose indices were computed.
     """
 
     runs: tuple[tuple[int, int], ...] | None
@@ -78,6 +81,7 @@ class PackedLayout:
     position_ids: torch.Tensor | None = None
     interp_indices: torch.Tensor | None = None
     interp_weights: torch.Tensor | None = None
+    num_grid_per_side: int | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -92,6 +96,7 @@ class PackedLayout:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
         """The layout with its tensors on a device; itself where they are there."""
+        device = torch.device(device)
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self.tensors().items()
@@ -215,7 +220,8 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
         "interp_indices": (taps[row].unsqueeze(2) * num_positions + taps[column].unsqueeze(1)).flatten(1),
         "interp_weights": (weights[row].unsqueeze(2) * weights[column].unsqueeze(1)).flatten(1),
     }
-    return replace(layout, **{name: value for name, value in computed.items() if getattr(layout, name) is None})
+    missing = {name: value for name, value in computed.items() if getattr(layout, name) is None}
+    return replace(layout, num_grid_per_side=num_positions, **missing)
 
 
 @lru_cache(maxsize=4096)
@@ -267,7 +273,7 @@ def resolve_layout(
             raise ValueError(f"`layout` says all that {', '.join(map(repr, given))} would: give one or the other.")
         return validate_layout(layout, num_patches, config)
     validate_positions(given, num_patches)
-    positions = {name: given[name] for name in POSITIONS if name in given}
+    positions = in_own_dtypes({name: given[name] for name in POSITIONS if name in given})
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
     if positions and not positions.keys() & needed:
         raise ValueError(
@@ -282,6 +288,8 @@ def resolve_layout(
     if "cu_seqlens" in given:
         # The caller's own segments need not be those of the frames.
         layout = replace(layout, frame_sizes=None, **segments_from(given, num_patches))
+    elif "max_seqlen" in given and not torch.compiler.is_compiling():
+        validate_max_seqlen(given["max_seqlen"], layout.max_seqlen)
     return layout
 
 
@@ -498,10 +506,10 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
     if described != num_patches:
         raise ValueError(f"`layout` describes {described} patches, but `hidden_states` holds {num_patches}.")
     num_segments = sum(segments for segments, _ in layout.runs or ())
-    if tuple(layout.cu_seqlens.shape) != (num_segments + 1,):
+    if tuple(layout.cu_seqlens.shape) != (num_segments + 1,) or layout.cu_seqlens.dtype not in INTEGER_DTYPES:
         raise ValueError(
-            f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
-            f"{kind_of(layout.cu_seqlens)}."
+            f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, and of "
+            f"integers, got {kind_of(layout.cu_seqlens)}."
         )
     if layout.frame_sizes is not None and layout.grids is not None:
         expected = len(layout.grids) if config.merge_temporal else sum(frames for frames, _, _ in layout.grids)
@@ -511,8 +519,22 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
                 f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
             )
     validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
-    validate_positions(layout.tensors(), num_patches)
+    if not config.is_native and layout.num_grid_per_side not in (None, config.image_size // config.patch_size):
+        side, own = layout.num_grid_per_side, config.image_size // config.patch_size
+        raise ValueError(
+            "`layout` must be computed with the model's configuration: it reads learned positions of a grid of "
+            f"{side} x {side}, the model has {own} x {own}."
+        )
+    tensors = layout.tensors()
+    validate_positions(tensors, num_patches)
+    if any(value.dtype != INDEX_DTYPES.get(name, value.dtype) for name, value in tensors.items()):
+        layout = replace(layout, **in_own_dtypes(tensors))
     return layout
+
+
+def in_own_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a layout by name, integers in the dtypes of its fields: few operations index by any other."""
+    return {name: value.to(INDEX_DTYPES.get(name, value.dtype)) for name, value in tensors.items()}
 
 
 def validate_max_seqlen(max_seqlen: int, longest: int) -> None:

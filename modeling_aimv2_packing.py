@@ -659,6 +659,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     def _prepare(self, hidden_states, grid_thw, layout, kwargs: dict[str, Any]) -> tuple[torch.Tensor, PackedLayout]:
         """Checks the arguments of a forward and returns its patches and layout."""
+        self._validate_configuration()
         validate_keyword_arguments(kwargs, self.config)
         validate_hidden_states(hidden_states, self.config)
         if hidden_states.is_meta and self.device.type != "meta":
@@ -675,6 +676,19 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 # Batched attention: a program for images of one size.
                 return hidden_states + zero_if_of_one_length(layout.cu_seqlens, hidden_states.shape[0]), layout
         return hidden_states, layout
+
+    def _validate_configuration(self) -> None:
+        """Refuses what was set after the model was made, and needs other weights."""
+        config, own = self.config, getattr(self.embeddings, "num_grid_per_side", None)
+        expected = None if config.is_native else config.image_size // config.patch_size
+        if expected != own:
+            held = "none" if own is None else f"{own} x {own}"
+            raise ValueError(
+                "`is_native`, `image_size` and `patch_size` of `config` must be those that the model was made with: it "
+                f"holds {held} learned positions, the configuration says {expected or 'none'} a side."
+            )
+        if config.use_head and not hasattr(self, "head"):
+            raise ValueError("`use_head` of `config` must be true when the model is made: this one has no head.")
 
     def _reads_cu_seqlens(self, device: torch.device) -> bool:
         """Whether attention needs no lengths on the host."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import (
     ODD_GRIDS,
+    TINY,
     Aimv2PackingConfig,
     hub_module,
     pack,
@@ -250,6 +251,70 @@ def test_any_integer_dtype_and_any_strides(model, dtype):
         assert not strided.is_contiguous()
         ours = model(strided, inputs["grid_thw"].to(dtype).T.contiguous().T).last_hidden_state
     assert (ours - expected).abs().max() < 1e-5
+
+
+SMALL_INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", SMALL_INTEGERS)
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_what_was_computed_before_may_be_of_any_integer_dtype(is_native, plain, dtype):
+    model, inputs = packing_model(reference_model(is_native=is_native), plain=plain), pack(random_images([(3, 4)] * 2))
+    layout = with_positions(packed_layout(inputs["grid_thw"], model.config), model.config)
+    narrow = {name: x.to(dtype) for name, x in layout.tensors().items() if not x.is_floating_point()}
+    given = {name: narrow.get(name, x) for name, x in layout.tensors().items() if name != "frame_sizes"}
+    with torch.inference_mode():
+        expected = model.get_image_features(**inputs).pooler_output
+        for ours in (given, {"layout": dataclasses.replace(layout, **narrow)}):
+            features = model.get_image_features(inputs["hidden_states"], **ours).pooler_output
+            assert (features - expected).abs().max() < 1e-5
+
+
+def test_a_longest_segment_given_alone_is_compared(model):
+    inputs = pack(random_images([(2, 3), (1, 2)]))
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, max_seqlen=6)[0], model(**inputs)[0])
+    with pytest.raises(ValueError, match="`max_seqlen` must be at least the longest segment, 6 patches, got 2"):
+        model(**inputs, max_seqlen=2)
+
+
+def test_a_layout_with_boundaries_that_are_no_integers_is_refused(model):
+    layout = packed_layout(torch.tensor([[1, 2, 3]]), model.config)
+    layout = dataclasses.replace(layout, cu_seqlens=layout.cu_seqlens.half())
+    with pytest.raises(ValueError, match=r"`layout\.cu_seqlens` must be .* of integers, got torch\.float16"):
+        model(patches(6), layout=layout)
+
+
+@pytest.mark.parametrize("image_size", [28, 112])
+def test_positions_of_another_size_are_refused(image_size):
+    """The indices of few positions are valid among many."""
+    model, inputs = packing_model(reference_model(is_native=False)), pack(random_images([(2, 3)]))
+    other = Aimv2PackingConfig(**{**TINY, "is_native": False, "image_size": image_size})
+    layout = with_positions(packed_layout(inputs["grid_thw"], other), other)
+    side = image_size // 14
+    with pytest.raises(ValueError, match=rf"`layout` must .* grid of {side} x {side}, the model has 4 x 4"):
+        model(inputs["hidden_states"], layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("made", "changed"),
+    [
+        ({"is_native": False}, {"image_size": 28}),
+        ({"is_native": False}, {"image_size": 112}),
+        ({"is_native": False}, {"is_native": True}),
+        ({"is_native": True}, {"is_native": False}),
+        ({"use_head": False}, {"use_head": True}),
+    ],
+)
+def test_a_configuration_that_needs_other_weights_is_refused(made, changed):
+    """Set after the model was made, it would be read with the weights that are there."""
+    model, inputs = packing_model(reference_model(**made)), pack(random_images([(2, 3)]))
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    for call in (model, model.get_image_features, model.get_intermediate_layers):
+        with pytest.raises(ValueError, match=f"`{next(iter(changed))}`.* of `config` must be"):
+            call(**inputs)
 
 
 @pytest.mark.parametrize("is_native", [True, False])
