@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -405,6 +406,17 @@ def kind_of(value: object) -> str:
     if not is_dense(value):
         return f"a {'nested' if value.is_nested else value.layout} tensor"
     return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
+def as_indices(name: str, given: Any) -> list[int]:
+    """
+    Raises:
+        ValueError: not a sequence of integers.
+    """
+    try:
+        return [index(each) for each in given]
+    except TypeError:
+        raise ValueError(f"`{name}` must be an int or a sequence of ints, got {given!r}.") from None
 
 
 def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> None:

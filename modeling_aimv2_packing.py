@@ -38,6 +38,7 @@ from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
     VISION_UTILS_NAMES,
     PackedLayout,
+    as_indices,
     is_traced,
     kind_of,
     mean_over_segments,
@@ -735,7 +736,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 The last `n` blocks, or the 0-based indices of blocks; negative ones count from the end. The output of
                 block `k` is `hidden_states[k + 1]` of `output_hidden_states=True`.
             reshape (`bool`, *optional*, defaults to `False`):
-                Whether to return a map `(t, h, w, hidden_size)` per image, as [`unpack_features`] does.
+                Whether to return a map `(t, h, w, hidden_size)` per image, as [`unpack_features`] does; its sides are
+                those of `layout`, or of `grid_thw`.
             norm (`bool`, *optional*, defaults to `True`): Whether to apply the model's final norm.
 
         Returns:
@@ -746,11 +748,13 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             TypeError: an argument is for the outputs of `forward`.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else list(map(int, n))
+        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else as_indices("n", n)
         if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )
+        if reshape and (grids := getattr(layout, "grids", None)) is not None:
+            grid_thw = torch.tensor(grids, dtype=torch.int64, device="cpu").view(-1, 3)
         if reshape and grid_thw is None:
             raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
@@ -825,7 +829,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         count = len(self.encoder.layers) + 1
         if chosen is True:
             return list(range(count))
-        indices = map(int, [chosen] if isinstance(chosen, int | Integral) else chosen)
+        indices = as_indices("output_hidden_states", [chosen] if isinstance(chosen, int | Integral) else chosen)
         return sorted({index % count for index in indices if -count <= index < count})
 
 

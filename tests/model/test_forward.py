@@ -534,6 +534,27 @@ def test_indices_may_be_numpys_or_torchs(model, index):
         assert len(model.get_intermediate_layers(**inputs, n=index)) == 1
 
 
+@pytest.mark.parametrize("index", [1.0, [0.5], "1", ["1"], np.True_, torch.tensor([0.0]), [None]])
+def test_indices_that_are_no_integers_are_refused(model, index):
+    inputs = pack(random_images([(2, 2)]))
+    with pytest.raises(ValueError, match="`n` must be an int or a sequence of ints, got "):
+        model.get_intermediate_layers(**inputs, n=index)
+    with pytest.raises(ValueError, match="`output_hidden_states` must be an int or a sequence of ints, got "):
+        model(**inputs, output_hidden_states=index)
+
+
+def test_maps_have_the_sides_of_the_layout(model):
+    inputs = pack(random_images([(2, 6), (3, 1)]))
+    layout, of_other_sides = packed_layout(inputs["grid_thw"], model.config), torch.tensor([[1, 3, 5]])
+    expected = model.get_intermediate_layers(**inputs, reshape=True)[0]
+    for grid_thw in (None, of_other_sides):
+        (maps,) = model.get_intermediate_layers(inputs["hidden_states"], grid_thw, reshape=True, layout=layout)
+        assert [tuple(each.shape[:3]) for each in maps] == [(1, 2, 6), (1, 3, 1)]
+        assert all(map(torch.equal, maps, expected))
+    with pytest.raises(ValueError, match="`layout` must be a PackedLayout, .* got dict"):
+        model.get_intermediate_layers(**inputs, reshape=True, layout=vars(layout))
+
+
 @pytest.mark.parametrize("grid_thw", [[[1, 2, 2]], torch.ones(1, 2), torch.tensor([[1, -2, -2]])])
 def test_maps_of_bad_grids_are_refused(grid_thw):
     with pytest.raises(ValueError, match="`grid_thw` must "):
