@@ -551,7 +551,7 @@ def test_maps_have_the_sides_of_the_layout(model):
         (maps,) = model.get_intermediate_layers(inputs["hidden_states"], grid_thw, reshape=True, layout=layout)
         assert [tuple(each.shape[:3]) for each in maps] == [(1, 2, 6), (1, 3, 1)]
         assert all(map(torch.equal, maps, expected))
-    with pytest.raises(ValueError, match="`layout` must be a PackedLayout, .* got dict"):
+    with pytest.raises(ValueError, match=r"`layout` must be a PackedLayout, .* got dict"):
         model.get_intermediate_layers(**inputs, reshape=True, layout=vars(layout))
 
 
