@@ -38,6 +38,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     tower_class = Aimv2PackingModel
 
     def __init__(self, config: Aimv2PackingImageTextConfig):
+        config.validate()
         super().__init__(config)
         self.vision_model = self.tower_class._from_config(config.vision_config)
         self.text_model = Aimv2TextModel._from_config(config.text_config)
@@ -64,7 +65,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs
+        self, hidden_states: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
         Args:

@@ -621,6 +621,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     _newly_initialized = ()
 
     def __init__(self, config: Aimv2PackingConfig):
+        # Fields set since it was made, by `from_pretrained` or the caller, have not been looked at.
+        config.validate()
         super().__init__(config)
         self.embeddings = Aimv2PackingEmbeddings(config)
         self.encoder = Aimv2PackingEncoder(config)
@@ -701,7 +703,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
         **kwargs,
@@ -719,7 +721,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     def get_intermediate_layers(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         n: int | Sequence[int] = 1,
         reshape: bool = False,

@@ -147,6 +147,9 @@ def test_unknown_arguments_are_refused_by_name(model):
         model(**inputs, ouput_hidden_states=True)
     with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
         model(pixel_values=torch.zeros(1, 3, 28, 28))
+    for call in (model.get_image_features, model.get_intermediate_layers):
+        with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
+            call(pixel_values=torch.zeros(1, 3, 28, 28))
     with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`\.$"):
         model(**inputs, image_grid_thw=inputs["grid_thw"])
     with pytest.raises(TypeError, match=r"`image_sizes` is not an argument of `forward`\.$"):
