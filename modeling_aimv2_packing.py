@@ -274,6 +274,9 @@ def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bo
         or not torch.is_grad_enabled()
         or any(getattr(torch_checkpoint, name, None) is not None for name in SET_BY_CONTEXTS)
         or not torch.amp.is_autocast_available(args[0].device.type)
+        # Transforms of torch.func, and forward-mode AD, which `SavedInput` has no rules for.
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return torch_checkpoint.checkpoint(function, *args, **keywords)
     forward = RepeatedForward(function, *args)

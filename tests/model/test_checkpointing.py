@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import ODD_GRIDS, REPO, hub_module, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import checkpoint as torch_checkpoint
@@ -527,3 +528,28 @@ def test_a_replacement_of_torchs_checkpoint_is_called(monkeypatch, wraps):
         layer._gradient_checkpointing_func = functools.partial(replacement, use_reentrant=False)
     packed(**pack(random_images(ODD_GRIDS))).last_hidden_state.sum().backward()
     assert len(calls) == len(packed.encoder.layers)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@pytest.mark.parametrize("how", ["vmap", "jvp", "dual numbers"])
+def test_transforms_go_through_a_checkpointed_forward(how):
+    """As through torch's own checkpoint."""
+    reference, inputs = reference_model(torch.float64), pack(random_images([(3, 4), (2, 2)]))
+    patches, outputs = inputs["hidden_states"].double(), []
+    for checkpointing in (False, True):
+        model = packing_model(reference, attn="eager").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def encode(states, model=model):
+            return model(states, inputs["grid_thw"]).last_hidden_state
+
+        if how == "vmap":
+            outputs.append(torch.func.vmap(encode)(torch.stack([patches, patches.flip(0)])))
+        elif how == "jvp":
+            outputs.append(torch.func.jvp(encode, (patches,), (patches.flip(0),))[1])
+        else:
+            with forward_ad.dual_level():
+                dual = encode(forward_ad.make_dual(patches, patches.flip(0)))
+                outputs.append(forward_ad.unpack_dual(dual).tangent)
+    torch.testing.assert_close(outputs[1], outputs[0])
