@@ -549,8 +549,12 @@ def in_own_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.to(INDEX_DTYPES.get(name, value.dtype)) for name, value in tensors.items()}
 
 
-def validate_max_seqlen(max_seqlen: int, longest: int) -> None:
-    if max_seqlen < longest:
+def validate_max_seqlen(max_seqlen: Any, longest: int) -> None:
+    try:
+        bound = index(max_seqlen)
+    except TypeError:
+        raise ValueError(f"`max_seqlen` must be an int, got {max_seqlen!r}.") from None
+    if bound < longest:
         raise ValueError(f"`max_seqlen` must be at least the longest segment, {longest} patches, got {max_seqlen}.")
 
 

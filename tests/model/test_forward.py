@@ -282,6 +282,17 @@ def test_a_longest_segment_given_alone_is_compared(model):
         model(**inputs, max_seqlen=2)
 
 
+@pytest.mark.parametrize("max_seqlen", ["6", 6.5, torch.tensor(6.0), [6]])
+def test_a_longest_segment_that_is_no_integer_is_refused(model, max_seqlen):
+    inputs = pack(random_images([(2, 3), (1, 2)]))
+    layout = dataclasses.replace(packed_layout(inputs["grid_thw"], model.config), max_seqlen=max_seqlen)
+    for given in ({}, {"cu_seqlens": torch.tensor([0, 6, 8])}):
+        with pytest.raises(ValueError, match="`max_seqlen` must be an int, got "):
+            model(**inputs, **given, max_seqlen=max_seqlen)
+    with pytest.raises(ValueError, match="`max_seqlen` must be an int, got "):
+        model(inputs["hidden_states"], layout=layout)
+
+
 def test_a_layout_with_boundaries_that_are_no_integers_is_refused(model):
     layout = packed_layout(torch.tensor([[1, 2, 3]]), model.config)
     layout = dataclasses.replace(layout, cu_seqlens=layout.cu_seqlens.half())
