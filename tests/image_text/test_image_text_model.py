@@ -374,3 +374,13 @@ def test_images_by_a_layout_alone():
     with torch.inference_mode():
         expected = model.get_image_features(**inputs).pooler_output
         assert torch.equal(model.get_image_features(inputs["hidden_states"], layout=layout).pooler_output, expected)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_the_processor_refuses_what_it_would_leave_out(repo, name):
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"`{name}` must be None"):
+        processor(text="a cat", **{name: [torch.zeros(2, 3, 28, 28)]})
+    with pytest.raises(ValueError, match="`text` must be"):
+        processor(text=[])
+    assert processor(text=[""])["input_ids"] == processor(text=["", "a"])["input_ids"][:1]
