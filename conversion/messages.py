@@ -18,6 +18,10 @@ NEXT_STEPS = {
 }
 
 
+# The packages by which fsspec speaks to object stores. Their errors are none of the system's.
+STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
+
+
 def printable(name: object) -> str:
     """
     A name that somebody else chose (of a file, a tensor, a class), safe to print and to write in lists: `repr` of it
@@ -55,3 +59,8 @@ def without_credentials(text: str) -> str:
 def next_step(error: BaseException) -> str | None:
     """What to do about an error of the system, or `None` where it is none that a user can put right."""
     return NEXT_STEPS.get(error.errno) if isinstance(error, OSError) and error.errno is not None else None
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an object store, or the way to it, gave the error: it lacks credentials, or does not answer."""
+    return type(error).__module__.partition(".")[0] in STORES
