@@ -177,6 +177,20 @@ def test_attention_maps_are_those_of_the_original_image_by_image():
             assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
 
 
+def test_attention_maps_are_asked_for_by_the_configuration_too():
+    """And what a call says of them goes before it, as in transformers."""
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images([(2, 3), (1, 2)]))
+    with torch.inference_mode():
+        expected = packed(**inputs, output_attentions=True).attentions
+        packed.config.output_attentions = True
+        for given in ({}, {"output_attentions": None}):
+            ours = packed(**inputs, **given).attentions
+            assert all(torch.equal(*pair) for pair in zip(sum(ours, []), sum(expected, []), strict=True))
+        assert packed(**inputs, output_attentions=False).attentions is None
+        packed.config._attn_implementation = "sdpa"
+        assert packed(**inputs, output_attentions=False).attentions is None
+
+
 def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
     packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
@@ -192,14 +206,18 @@ def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_attention_maps_of_a_program_for_any_mix_are_refused():
+@pytest.mark.parametrize("asked_by_configuration", [False, True])
+def test_attention_maps_of_a_program_for_any_mix_are_refused(asked_by_configuration):
     """It does not know how many segments there are."""
     packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
     layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
 
+    packed.config.output_attentions = asked_by_configuration
+
     class Maps(torch.nn.Module):
         def forward(self, hidden_states, cu_seqlens, position_ids):
-            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "output_attentions": True}
+            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+            given |= {} if asked_by_configuration else {"output_attentions": True}
             return packed(hidden_states, **given).attentions[0]
 
     values = (inputs["hidden_states"], layout.cu_seqlens, layout.position_ids)
@@ -420,11 +438,13 @@ def test_intermediate_layers_are_those_of_the_original(plain):
     with torch.inference_mode():
         theirs = [reference(image[None], output_hidden_states=True).hidden_states for image in images]
         expected = [torch.cat([states[depth][0] for states in theirs]) for depth in range(5)]
-        for n, depths in ((1, [4]), (3, [2, 3, 4]), ([2, 0, -1], [3, 1, 4]), ([-2], [3])):
+        for n, depths in ((1, [4]), (3, [2, 3, 4]), (4, [1, 2, 3, 4]), ([2, 0, -1], [3, 1, 4]), ([-2], [3])):
             for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n, norm=False), depths, strict=True):
                 assert (ours - expected[depth]).abs().max() < 1e-5
             for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n), depths, strict=True):
                 assert (ours - reference.rms_norm(expected[depth])).abs().max() < 1e-5
+        (last,) = packed.get_intermediate_layers(**inputs)
+        assert (last - reference.rms_norm(expected[4])).abs().max() < 1e-5
         (maps,) = packed.get_intermediate_layers(**inputs, n=[1], reshape=True, norm=False)
         assert [tuple(image.shape) for image in maps] == [(1, 3, 5, 64), (1, 2, 2, 64)]
         assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
