@@ -631,7 +631,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             The states of `depths`, before the final norm, and the features or `None`; each `(total_patches,
             hidden_size)`.
         """
-        layout = with_positions(layout.to(hidden_states.device, non_blocking=True), self.config)
+        layout = layout.to(hidden_states.device, non_blocking=True)
         embedded = self.embeddings(hidden_states, layout)
         output = self.encoder(embedded, layout, depths, last, attentions)
         return output.hidden_states, self.rms_norm(output.last_hidden_state) if last else None

@@ -184,8 +184,7 @@ def test_attention_maps_are_asked_for_by_the_configuration_too():
         expected = packed(**inputs, output_attentions=True).attentions
         packed.config.output_attentions = True
         for given in ({}, {"output_attentions": None}):
-            ours = packed(**inputs, **given).attentions
-            assert all(torch.equal(*pair) for pair in zip(sum(ours, []), sum(expected, []), strict=True))
+            torch.testing.assert_close(packed(**inputs, **given).attentions, expected, rtol=0, atol=0)
         assert packed(**inputs, output_attentions=False).attentions is None
         packed.config._attn_implementation = "sdpa"
         assert packed(**inputs, output_attentions=False).attentions is None
