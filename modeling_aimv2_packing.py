@@ -54,7 +54,7 @@ from .layout_aimv2_packing import (
 # Attention
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
     """Attention written out, on `(batch, heads, length, head_dim)`; the softmax is in float32."""
     scores = (query @ key.transpose(2, 3)) * scaling
     if attention_mask is not None:

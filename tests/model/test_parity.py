@@ -169,13 +169,14 @@ def test_both_patch_layouts_give_the_same_features():
     assert (ours - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3), (1, 1), (9, 4), (13, 17)])
-def test_learned_positions_are_interpolated_like_torch(grid):
-    """Exact at the native grid; elsewhere what `F.interpolate` makes of the learned table."""
-    reference = reference_model(is_native=False)
+def test_learned_positions_are_interpolated_like_torch(grid, dtype):
+    """Exact at the native grid; elsewhere what `F.interpolate` makes of the learned table, in float32 at least."""
+    reference = reference_model(dtype, is_native=False)
     packed = packing_model(reference)
     layout = with_positions(packed_layout(torch.tensor([(2, *grid)]), packed.config), packed.config)
-    learned = reference.embeddings.position_embedding.weight.detach()
+    learned = reference.embeddings.position_embedding.weight.detach().float()
     with torch.inference_mode():
         ours = packed.embeddings.learned_positions(layout)
     table = learned.T.reshape(1, -1, 4, 4)
