@@ -71,16 +71,8 @@ def step_of(way: str, model: nn.Module, batches: list[dict[str, torch.Tensor]], 
     return without_communication if way.endswith("no_sync") else run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="a tiny model and batches, to try this script")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--patches", type=int, help="per process and batch (16384, small: 4096)")
-    parser.add_argument("--steps", type=int, default=4, help="timed at once (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
-    args = parser.parse_args()
-    device = join(args.device)
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """A line for each way."""
     geometry, layers, patches = (TINY, 2, 4096) if args.small else (GEOMETRIES["large"], 24, 16384)
     batches = make_batches("patches", args.patches or patches, args.steps, device)
     model = make_model(geometry, layers, device, torch.bfloat16).train()
@@ -91,11 +83,31 @@ def main() -> None:
         for way, run in runs.items():
             dist.barrier()
             times[way].append(max(gather(seconds(run, args.device))))
+    measured = {way: values[2:] for way, values in times.items()}
+    return [
+        {
+            "way": way,
+            "step_ms": 1e3 * statistics.median(values) / len(batches),
+            "efficiency": ratio(measured["alone"], values),
+        }
+        for way, values in measured.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tiny model and batches, to try this script")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--patches", type=int, help="per process and batch (16384, small: 4096)")
+    parser.add_argument("--steps", type=int, default=4, help="timed at once (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
+    args = parser.parse_args()
+    device = join(args.device)
+    # The models end before their group: torch 2.13's gloo joins its threads with the GIL held if DDP has the last hold.
+    lines = measure(args, device)
     if dist.get_rank() == 0:
-        measured = {way: values[2:] for way, values in times.items()}
-        for way, values in measured.items():
-            line = {"way": way, "step_ms": 1e3 * statistics.median(values) / len(batches)}
-            print(json.dumps(line | {"efficiency": ratio(measured["alone"], values)}), flush=True)
+        print("\n".join(map(json.dumps, lines)), flush=True)
     dist.destroy_process_group()
 
 

@@ -38,7 +38,7 @@ from conversion.features import pixels
 
 
 KINDS = ("packed", "one image a forward", "padded")
-# At once, before anything is measured: forwards of many sizes are compiled and captured.
+# At once, before anything is measured: on a GPU forwards of many sizes are compiled and captured.
 WARM_UP = (256, 64, 16, 4, 1, 1)
 
 
@@ -203,7 +203,7 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> list[dict]:
             for kind, port in ports.items():
                 wait_until_up(servers[kind], port, requests[0])
             for kind, port in ports.items():
-                for burst in WARM_UP:
+                for burst in WARM_UP[-2:] if args.device == "cpu" else WARM_UP:
                     open_load(clients, args.clients, port, requests, np.zeros(max(burst, args.clients)))
                 for rate in args.rates:
                     generator = np.random.default_rng(0)

@@ -3,11 +3,13 @@
 """What the tests compare with: transformers' model, and Apple's forward written out in float64."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel
+from transformers.initialization import no_init_weights
 
 from conversion.local_code import hub_module, local_class
 
@@ -76,7 +78,8 @@ def random_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def reference_model(dtype: torch.dtype = torch.float32, attn: str = "sdpa", **config) -> Aimv2VisionModel:
-    model = Aimv2VisionModel(Aimv2VisionConfig(**{**TINY, **config}, attn_implementation=attn))
+    with no_init_weights():
+        model = Aimv2VisionModel(Aimv2VisionConfig(**{**TINY, **config}, attn_implementation=attn))
     return random_weights(model).to(dtype)
 
 
@@ -86,7 +89,9 @@ def packing_model(reference: Aimv2VisionModel, attn: str = "sdpa", plain: bool =
     for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map"):
         fields.pop(name, None)
     model_class = Aimv2PackingModel if plain else Aimv2PackingAcceleratedModel
-    model = model_class(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
+    # On a GPU a model's weights are laid side by side as they are initialised.
+    with no_init_weights() if torch.get_default_device().type == "cpu" else nullcontext():
+        model = model_class(Aimv2PackingConfig(**fields, attn_implementation=attn)).to(reference.dtype).eval()
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 

@@ -24,7 +24,7 @@ def make_model_repo(folder: Path, **config) -> Path:
     return folder
 
 
-def run_processes(script: Path, *args: object, processes: int = 2, timeout: float = 120) -> str:
+def run_processes(script: Path, *args: object, processes: int = 2, timeout: float = 300) -> str:
     """Runs `script` under torchrun; a rank that hangs is an error after `timeout` seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO / 'tests'}{os.pathsep}{REPO}"}

@@ -56,7 +56,7 @@ def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
 def test_every_setting_of_ddp_is_measured_against_one_process(device: str) -> None:
-    options = ["--patches", "512", "--steps", "2", "--repeats", "1"]
+    options = ["--patches", "128", "--steps", "1", "--repeats", "1"]
     output = run_processes(REPO / "benchmarks" / "data_parallel.py", "--device", device, "--small", *options)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert {"alone", "beside", "DDP, no_sync", "DDP", "views, static"} <= {line["way"] for line in lines}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import IMAGES, archive_of, command, extract, rows_of, start, write_images
+from corpora import IMAGES, archive_of, extract, write_images
 from test_corpus_faults import KilledError, Killer
 
 
@@ -225,14 +225,4 @@ def test_kept_through_kills_and_retries(head_repo: Path, tmp_path: Path, monkeyp
             continue
     assert step > 8
     rows = extract(head_repo, source, output, **options, retry_errors=True)
-    assert {id_.removeprefix("x.tar/"): kept(row) for id_, row in rows.items()} == EXPECTED
-
-
-def test_kept_on_ray(head_repo: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="needs requirements-scale.txt")
-    source = write_images(tmp_path / "in", {"x.tar": archive_of(MEMBERS)})
-    options = ("--num-workers", 1, "--keep", "txt, json,cls")
-    printed, _ = (run := start(*command(head_repo, source, tmp_path / "out", *options))).communicate(timeout=300)
-    assert run.returncode == 0, printed
-    rows = rows_of(tmp_path / "out")
     assert {id_.removeprefix("x.tar/"): kept(row) for id_, row in rows.items()} == EXPECTED

@@ -126,7 +126,7 @@ def test_workers_end_with_the_command(head_repo: Path, tmp_path: Path, end: sign
 
 
 def test_workers_have_no_copies_of_the_names(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, notes, count = write_images(tmp_path / "in"), tmp_path / "notes", 100_000
+    source, notes, count = write_images(tmp_path / "in"), tmp_path / "notes", 400_000
     notes.mkdir()
 
     def with_many_more(*arguments):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import IMAGES, archive_of, command, encoded_image, extract, rows_of, start, write_images
 from test_corpus_faults import KilledError, Killer
-from test_corpus_killed import wait_for_a_file
+from test_corpus_keep import EXPECTED, KEEP, MEMBERS, kept
 
 import extract_features
 from corpus.options import Options
@@ -253,8 +253,8 @@ def test_shards_that_die_and_one_that_is_lost(head_repo: Path, tmp_path: Path, m
     assert "4 complete" in status_lines(str(output))[0]
 
 
-def test_a_shard_on_ray_is_that_in_process(head_repo: Path, tmp_path: Path) -> None:
-    """Killed on Ray, resumed on Ray, with texts that go along."""
+def test_a_shard_on_ray_is_that_in_process(head_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun in process and resumed on Ray, with texts that go along."""
     pytest.importorskip("ray", reason="needs requirements-scale.txt")
     archives = {}
     for number in range(6):
@@ -262,30 +262,32 @@ def test_a_shard_on_ray_is_that_in_process(head_repo: Path, tmp_path: Path) -> N
         texts = {f"{index}.txt": f"{number} {index}".encode() for index in range(0, 50, 2)}
         members = sorted({**images, **texts, "bad.png": b"no image"}.items())
         archives[f"{number}.tar"] = archive_of(members)
-    source, output = write_images(tmp_path / "in", archives), tmp_path / "out"
     # The larger one.
     index = max(range(2), key=lambda index: sum(shard_of(name, 2) == index for name in archives))
-    run_shard(head_repo, source, tmp_path / "alone", index, 2, keep=("txt",))
+    archive = next(name for name in map("x{}.tar".format, itertools.count()) if shard_of(name, 2) == index)
+    archives[archive] = archive_of(MEMBERS)
+    source, output = write_images(tmp_path / "in", archives), tmp_path / "out"
+    run_shard(head_repo, source, tmp_path / "alone", index, 2, keep=KEEP)
     expected = rows_of(tmp_path / "alone" / name_of(index, 2))
 
     shard = output / name_of(index, 2)
-    options = ("--num-shards", 2, "--shard-index", index, "--num-workers", 1, "--keep", "txt", "--rows-per-file", 8)
-    arguments = command(head_repo, source, output, *options)
-    killed = start(*arguments)
-    wait_for_a_file(shard, killed)
-    killed.kill()
-    killed.wait()
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        Killer(40).install(patch)
+        run_shard(head_repo, source, output, index, 2, keep=KEEP, rows_per_file=8, patches_per_batch=4096)
     before = rows_of(shard)
     assert 0 < len(before) < len(expected)
     assert status_lines(str(output))[1 + index].startswith(f"shard={index}-of-2  begun  {len(before)} rows, ")
 
+    options = ("--num-shards", 2, "--shard-index", index, "--num-workers", 1, "--keep", "txt, json,cls")
+    arguments = command(head_repo, source, output, *options, "--rows-per-file", 8)
     printed, _ = (resumed := start(*arguments)).communicate(timeout=300)
     assert resumed.returncode == 0, printed
     assert f"{len(before):,} were done before" in printed
     rows = rows_of(shard)
-    assert rows.keys() == expected.keys()
+    assert rows.keys() == expected.keys() and before.keys().isdisjoint(f"{archive}/{name}" for name in EXPECTED)
+    assert {name: kept(rows[f"{archive}/{name}"]) for name in EXPECTED} == EXPECTED
     for id_, row in rows.items():
-        for name in ("error", "error_detail", "grid_thw", "txt"):
+        for name in ("error", "error_detail", "grid_thw", *KEEP):
             assert row[name] == expected[id_][name]
         if row["error"] is None:
             np.testing.assert_allclose(row["embedding"], expected[id_]["embedding"], rtol=0, atol=1e-5)

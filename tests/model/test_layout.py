@@ -86,11 +86,16 @@ def test_it_is_pickled_also_between_processes(layout):
 
 
 def test_ddp_takes_it(packed, inputs, layout, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    def step():
+        """DDP ends with it, before its group does."""
         wrapped = nn.parallel.DistributedDataParallel(packed)
         ours = wrapped(inputs["hidden_states"], layout=layout).last_hidden_state
         ours.sum().backward()
+        return ours.detach()
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ours = step()
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(ours, packed(**inputs).last_hidden_state)

@@ -118,6 +118,11 @@ NOT_RUN = {
         "docs/serving.md",
         "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800 1600",
     ): GPU,
+    (
+        "docs/serving.md",
+        "python benchmarks/serving.py --rates 1000 --seconds 1 --layers 2 --width 256 --kinds packed "
+        "--max-requests 1000",
+    ): MINUTES,
     ("docs/training.md", "pip install torch -r requirements-scale.txt"): PACKAGES,
     (
         "docs/training.md",
