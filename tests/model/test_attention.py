@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.aimv2 import modeling_aimv2
 
 
 def flash_attn_varlen_func(
@@ -193,6 +194,16 @@ def test_a_cuda_grid_holds_65535_segments(is_cuda, segments, expected):
     in_several_calls, query = hub_module("modeling").in_several_calls, SimpleNamespace(is_cuda=is_cuda)
     assert in_several_calls(query, layout) is expected
     assert not in_several_calls(query, dataclasses.replace(layout, runs=None)), "a program for any mix"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eager_attention_is_that_of_transformers(dtype):
+    """With its softmax in float32, whatever the dtype of the model."""
+    states = torch.randn(3, 5, 2, 70, 32).mul(2).to(dtype)
+    caller, options = torch.nn.Module().eval(), {"attention_mask": None, "scaling": 32**-0.5, "dropout": 0.0}
+    ours = hub_module("modeling").eager_attention_forward(caller, *states, **options)
+    theirs = modeling_aimv2.eager_attention_forward(caller, *states, **options)
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_attention_of_ones_own_gets_what_transformers_models_give(monkeypatch):

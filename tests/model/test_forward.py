@@ -473,6 +473,18 @@ def test_maps_of_bad_grids_are_refused(grid_thw):
         unpack_features(torch.zeros(4, 8), grid_thw)
 
 
+def test_maps_need_grids_where_tokens_need_none(model):
+    inputs = pack(random_images([(2, 3), (3, 1)]))
+    layout = packed_layout(inputs["grid_thw"], model.config)
+    with torch.inference_mode():
+        assert torch.equal(
+            *model.get_intermediate_layers(inputs["hidden_states"], layout=layout),
+            *model.get_intermediate_layers(**inputs),
+        )
+    with pytest.raises(ValueError, match="`grid_thw` must be given with `reshape`"):
+        model.get_intermediate_layers(inputs["hidden_states"], layout=layout, reshape=True)
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])
 def test_intermediate_layers_take_no_option_of_outputs(name):
     packed = packing_model(reference_model(), attn="eager")
