@@ -130,7 +130,7 @@ def test_more_segments_than_a_cuda_grid_holds_go_in_several_calls(flash_kernel, 
 
 
 def test_torchs_varlen_kernel_gets_what_it_can_take(monkeypatch):
-    """Segments of any lengths, but no dropout, which it is not told of."""
+    """Segments of any lengths, but no dropout, which it is not told of, and where another kernel was asked for none."""
     reference = reference_model(use_head=True)
     mixed, alike = pack(random_images(ODD_GRIDS)), pack(random_images([(3, 4), (2, 6), (4, 3)]))
     with torch.inference_mode():
@@ -160,6 +160,8 @@ def test_torchs_varlen_kernel_gets_what_it_can_take(monkeypatch):
         assert (ours.last_hidden_state - expected[0].last_hidden_state).abs().max() < 1e-5
         calls.clear()
         assert not torch.equal(packed.train()(**mixed).last_hidden_state, packed(**mixed).last_hidden_state)
+        packed.eval().set_attn_implementation("eager")
+        packed(**mixed)
     assert not calls
     assert set(asked) == {("cpu", torch.float32, 32)}
 

@@ -475,14 +475,12 @@ def test_maps_of_bad_grids_are_refused(grid_thw):
 
 def test_maps_need_grids_where_tokens_need_none(model):
     inputs = pack(random_images([(2, 3), (3, 1)]))
-    layout = packed_layout(inputs["grid_thw"], model.config)
+    hidden_states, layout = inputs["hidden_states"], packed_layout(inputs["grid_thw"], model.config)
     with torch.inference_mode():
-        assert torch.equal(
-            *model.get_intermediate_layers(inputs["hidden_states"], layout=layout),
-            *model.get_intermediate_layers(**inputs),
-        )
+        (ours,) = model.get_intermediate_layers(hidden_states, layout=layout)
+        assert torch.equal(ours, *model.get_intermediate_layers(**inputs))
     with pytest.raises(ValueError, match="`grid_thw` must be given with `reshape`"):
-        model.get_intermediate_layers(inputs["hidden_states"], layout=layout, reshape=True)
+        model.get_intermediate_layers(hidden_states, layout=layout, reshape=True)
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])
