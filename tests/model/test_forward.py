@@ -205,9 +205,11 @@ def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("on_a_gpu", [False, True])
 @pytest.mark.parametrize("asked_by_configuration", [False, True])
-def test_attention_maps_of_a_program_for_any_mix_are_refused(asked_by_configuration):
+def test_attention_maps_of_a_program_for_any_mix_are_refused(asked_by_configuration, on_a_gpu, monkeypatch):
     """It does not know how many segments there are."""
+    monkeypatch.setattr(hub_module("modeling"), "has_varlen_kernel", lambda *_: on_a_gpu)
     packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
     layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
 
