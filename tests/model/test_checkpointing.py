@@ -436,10 +436,14 @@ def test_a_layer_that_was_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
-def test_a_layer_that_saves_less_in_the_backward_pass_is_an_error():
+@pytest.mark.parametrize("at_its_end", [False, True])
+def test_a_layer_that_saves_less_in_the_backward_pass_is_an_error(at_its_end):
     _, model = small_models()
     loss = loss_of(model, pack(random_images(ODD_GRIDS)))
-    model.encoder.layers[1].ffn.act_fn = nn.Identity()
+    if at_its_end:
+        model.encoder.layers[1].ffn.forward = torch.zeros_like
+    else:
+        model.encoder.layers[1].ffn.act_fn = nn.Identity()
     with pytest.raises(torch_checkpoint.CheckpointError, match="was changed in between"):
         loss.backward()
 
