@@ -16,7 +16,6 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import modeling_layers
@@ -31,7 +30,7 @@ from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
 from .cuda_graphs_aimv2_packing import addresses_of
 from .layout_aimv2_packing import PackedLayout
-from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel
+from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel, replaced_function
 
 
 logger = logging.get_logger(__name__)
@@ -184,9 +183,6 @@ class Aimv2PackingAcceleratedForImageClassification(Aimv2PackingForImageClassifi
 
 # The call
 
-# What people replace to see or change products and attention.
-FUNCTIONS = ("linear", "scaled_dot_product_attention")
-
 
 def refusal_of_call(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout) -> str | None:
     """Why no engine may run this forward, whatever the model's modules are, or `None`."""
@@ -225,8 +221,8 @@ def watching_mode(hidden_states: torch.Tensor) -> str | None:
         return "a function mode is on"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there is a global forward hook"
-    if any(getattr(F, name) is not getattr(torch._C._nn, name) for name in FUNCTIONS):
-        return "a function of torch.nn.functional has been replaced"
+    if (owner := replaced_function()) is not None:
+        return f"a function of {owner} has been replaced"
     if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:
         return "the attention function called sdpa has been replaced"
     return None

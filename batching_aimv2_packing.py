@@ -269,13 +269,21 @@ def sizes_of(entry: Any, index: int) -> list[list[int]]:
 def images_of(example: Any, image_column: str) -> list:
     """The images of an example: of a list or a 4-dimensional array all, of `None` none."""
     value = example[image_column] if isinstance(example, Mapping) else example
-    if value is None:
-        return []
-    return list(value) if is_list(value) or is_video(value) else [value]
+    return [] if value is None else flat_list(value)
+
+
+def flat_list(images: Any) -> list:
+    """The images of nested lists and of 4-dimensional arrays, one by one."""
+    if is_list(images):
+        return [image for element in images for image in flat_list(element)]
+    return list(images) if is_video(images) else [images]
 
 
 def is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if isinstance(value, np.ndarray):
+        # As the library datasets gives images of different sizes with its NumPy format.
+        return value.dtype == object
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def is_video(value: Any) -> bool:
@@ -303,10 +311,10 @@ def collated(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
     for name in columns.keys() - texts:
         try:
             batch[name] = default_collate(columns[name])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, KeyError) as error:
             raise ValueError(
-                f"The values of the column {name!r} must be of one shape: of texts, give `tokenizer`, which pads "
-                f"{('labels', 'input_ids', '...')}."
+                f"The values of the column {name!r} must be numbers, texts or arrays, of one kind and one shape: of "
+                f"tokens, give `tokenizer`, which pads {('labels', 'input_ids', '...')}. {error}"
             ) from error
     if texts:
         # Not at the top: a loader that packs needs torch alone.
@@ -350,8 +358,8 @@ class PackedBatchesMixin:
         Makes one packed batch of a dataset's examples: the `collate_fn` of a [`~torch.utils.data.DataLoader`].
 
         Args:
-            examples (`list`): Images, or dictionaries that hold an image, a list of images or `None`, as those of the
-                library datasets.
+            examples (`list`): An image, a list of images or `None` each, or dictionaries that hold one, as those of
+                the library datasets.
             image_column (`str`, *optional*, defaults to `"image"`): The key of the images.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Pads `input_ids` and what else it calls
                 its inputs, and `labels` with -100.
@@ -471,12 +479,12 @@ class PackedBatchesMixin:
 
     def _join(self, examples: list, inputs: list, image_column: str, tokenizer: Any) -> dict[str, Any]:
         self._check_columns(examples, image_column)
-        batch = {}
+        batch, values = {}, examples
         if examples and isinstance(examples[0], Mapping):
             batch = collated([{k: v for k, v in row.items() if k != image_column} for row in examples], tokenizer)
             values = [row[image_column] for row in examples]
-            if any(value is None or is_list(value) or is_video(value) for value in values):
-                batch[COUNTS] = torch.tensor([len(images_of(value, image_column)) for value in values])
+        if any(value is None or is_list(value) or is_video(value) for value in values):
+            batch[COUNTS] = torch.tensor([len(images_of(value, image_column)) for value in values])
         return {**batch, **{name: torch.cat([one[name] for one in inputs]) for name in self.model_input_names}}
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
@@ -527,17 +535,24 @@ class PackedBatchesMixin:
             )
         videos = frames_alone(videos)
         if isinstance(videos, (np.ndarray, torch.Tensor)):
+            if videos.ndim not in (4, 5):
+                raise ValueError(
+                    "`videos` must be an array of shape (t, channels, height, width) or (t, height, width, channels), "
+                    f"or a batch of such, got shape {tuple(videos.shape)}."
+                )
             videos = videos if videos.ndim == 5 else [videos]
+        elif not is_list(videos):
+            raise ValueError(f"`videos` must be a list of frames or videos, or an array, got {type(videos).__name__}.")
         elif not any(is_video(video) for video in videos):
             videos = [videos]
         elif not all(is_video(video) for video in videos):
             raise ValueError("`videos` must be frames or videos, got a list of both.")
-        videos = [frames_alone(video) for video in videos]
+        videos = [flat_list(frames_alone(video)) for video in videos]
         lengths = [len(video) for video in videos]
         for index, length in enumerate(lengths):
             if not length:
                 raise ValueError(f"A video must have at least one frame, got none for video {index}.")
-        inputs = self.preprocess([frame for video in videos for frame in video], **kwargs)
+        inputs = self.preprocess(flat_list(videos), **kwargs)
         grids = np.asarray(inputs["grid_thw"])
         first = np.cumsum([0, *lengths])
         for index, (start, stop) in enumerate(pairwise(first)):

@@ -18,9 +18,10 @@ from pathlib import Path
 try:
     import torch
     from huggingface_hub import split_state_dict_into_shards_factory
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx, validate_repo_id
 
     from conversion.checkpoint_formats import Encoder
+    from conversion.features import read_images
     from conversion.hub_files import download_files, hub_file_names, local_path, not_converted
     from conversion.hub_upload import push_to_hub
     from conversion.messages import next_step, printable, printable_lines, without_credentials
@@ -91,7 +92,7 @@ def shard_size(value: str) -> str:
 
 def usable_device(value: str) -> str:
     try:
-        torch.empty(0, device=value)
+        torch.empty(0, device=value).cpu()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{value} cannot be used here: {str(error).splitlines()[0]}") from error
     return value
@@ -101,6 +102,22 @@ def existing_file(value: str) -> Path:
     if not Path(value).is_file():
         raise argparse.ArgumentTypeError(f"{value} is no file")
     return Path(value)
+
+
+def new_file(value: str) -> Path:
+    if Path(value).is_dir():
+        raise argparse.ArgumentTypeError(f"{value} is a folder")
+    if not Path(value).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(value).parent} is no folder: make it first")
+    return Path(value)
+
+
+def hub_id(value: str) -> str:
+    try:
+        validate_repo_id(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -116,7 +133,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--vision-only", action="store_true", help="of an image-text model, convert the vision encoder alone"
     )
     group.add_argument("--dtype", choices=DTYPE_CHOICES, help="of the weights, and of --verify (default: the source's)")
-    group.add_argument("--max-shard-size", type=shard_size, default="5GB", help="of one file of weights (default: 5GB)")
+    group.add_argument("--max-shard-size", type=shard_size, help="of one file of weights (default: 5GB)")
     group.add_argument(
         "--plain", action="store_true", help="write the plain model alone, without engines: fewer files to read"
     )
@@ -134,10 +151,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--reference", help="compare with this checkpoint (Hub id, folder or file) instead of SOURCE")
     group.add_argument("--images", nargs="+", type=existing_file, help="default: photographs and ten sizes")
-    group.add_argument("--device", type=usable_device, default="cpu", help="where to compare, like cuda (default: cpu)")
-    group.add_argument("--report", type=Path, help="write the comparison to this JSON file too")
+    group.add_argument("--device", type=usable_device, help="where to compare, like cuda (default: cpu)")
+    group.add_argument("--report", type=new_file, help="write the comparison to this JSON file too")
     group = parser.add_argument_group("uploading")
-    group.add_argument("--push-to-hub", metavar="USER/NAME", help="upload the converted repo in one commit")
+    group.add_argument(
+        "--push-to-hub", metavar="USER/NAME", type=hub_id, help="upload the converted repo in one commit"
+    )
     group.add_argument("--private", action="store_true", help="make the repo private")
     group.add_argument("--hub-revision", metavar="BRANCH", help="branch to commit to (default: main)")
     group.add_argument(
@@ -145,17 +164,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     for needed, names in (
-        ("verify", ("reference", "images", "report")),
+        ("verify", ("reference", "images", "device", "report")),
         ("push_to_hub", ("private", "hub_revision", "overwrite_card")),
     ):
         for name in names:
             if getattr(options, name) and not getattr(options, needed):
                 parser.error(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
-    if options.verify_code and (options.output_dir or options.verify or options.push_to_hub):
-        parser.error("--verify-code takes a converted SOURCE, and goes with no other action")
-    for name in ("vision_only", "plain"):
+    if options.verify_code and (options.output_dir or options.verify or options.push_to_hub or options.prefix):
+        parser.error("--verify-code takes a converted SOURCE, and goes with no other action and no --prefix")
+    for name in ("vision_only", "plain", "max_shard_size", "overwrite"):
         if getattr(options, name) and options.output_dir is None:
             parser.error(f"--{name.replace('_', '-')} is for converting: give OUTPUT_DIR")
+    if options.dtype and options.output_dir is None and not options.verify:
+        parser.error("--dtype is for converting or verifying: give OUTPUT_DIR or --verify")
     if options.output_dir is None and not (options.verify or options.verify_code or options.push_to_hub):
         parser.error("give OUTPUT_DIR to convert, or --verify or --push-to-hub for a SOURCE that is converted already")
     return options
@@ -171,6 +192,10 @@ def run(options: argparse.Namespace) -> None:
     # What is compared has the parts that the converted model has.
     without_text = isinstance(source.model, Encoder)
     reference = read_source(options.reference, vision_only=without_text) if options.reference else None
+    if options.images:
+        # Before the conversion, which takes longer.
+        model = source.model
+        read_images(model.config if isinstance(model, Encoder) else model.config.vision_config, options.images)
     output: Path | None = options.output_dir
     if output is None and not is_converted(source.folder):
         raise ValueError(f"{options.source} is not converted yet: give an OUTPUT_DIR.")
@@ -192,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
             reference=compared.model if compared else None,
             reference_name=compared.name if compared else "transformers' model with the same weights",
             images=options.images,
-            device=options.device,
+            device=options.device or "cpu",
             dtype=dtype,
         )
         report.model = str(output or options.source)
@@ -209,7 +234,8 @@ def run(options: argparse.Namespace) -> None:
     if output is not None and not continued:
         verifier = check if options.verify else None
         model_id = options.push_to_hub or output.resolve().name
-        convert(source, output, model_id, dtype, options.max_shard_size, options.overwrite, verifier, options.plain)
+        max_shard_size = options.max_shard_size or "5GB"
+        convert(source, output, model_id, dtype, max_shard_size, options.overwrite, verifier, options.plain)
         found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
         print(f"Converted {source.name} ({found}) to {output}.")
         if dropped := source.model.dropped:
@@ -226,6 +252,17 @@ def run(options: argparse.Namespace) -> None:
 def main() -> int:
     try:
         run(parse_arguments())
+    except KeyboardInterrupt:
+        print("error: interrupted. Nothing is half done: run the same command again.", file=sys.stderr)
+        return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error) or "not enough memory"
+        print(
+            f"error: {printable_lines(reason)}. Give --verify fewer or smaller --images, another --device or a smaller "
+            "--dtype.",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, OSError, RecursionError, httpx.TransportError) as error:
         print(f"error: {printable_lines(without_credentials(explain(error)))}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 
-from conversion.messages import next_step, printable_lines, without_credentials
+from conversion.messages import is_of_store, next_step, printable_lines, without_credentials
 from corpus.options import Options
 
 
@@ -119,8 +119,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, RuntimeError) as error:
-        step = next_step(error)
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, RuntimeError)) and not is_of_store(error):
+            raise
+        step = "check the credentials and the connection" if is_of_store(error) else next_step(error)
         message = printable_lines(without_credentials(" ".join(str(error).split())))
         sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 

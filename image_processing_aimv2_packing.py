@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -28,21 +28,23 @@ from huggingface_hub.utils import httpx
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import get_resize_output_image_size
-from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorKwargs,
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
-from .batching_aimv2_packing import PackedBatchesMixin
+from .batching_aimv2_packing import PackedBatchesMixin, flat_list, is_list
 
 
 if TYPE_CHECKING:
     # transformers saves a processor with every file that an import names: this one, which `modules.json` names.
     from .sentence_transformers_aimv2_packing import Aimv2PackingTransformer  # noqa: F401
 
+
+logger = logging.get_logger(__name__)
 
 # A file is opened by its content, whatever its name says, so these alone are tried. Left out are formats that PIL gives
 # to another program (EPS, to Ghostscript) or to the system (WMF), formats without a signature, for which any bytes may
@@ -67,8 +69,22 @@ MAX_ASPECT_RATIO = 200
 # What the fields below replace, and what AIMv2 has not.
 UNUSED_KWARGS = {"size", "crop_size", "pad_size", "do_center_crop", "do_pad", "min_pixels", "max_pixels"}
 
+ALLOWED_VALUES = {
+    "patch_layout": ("channels_first", "channels_last"),
+    "temporal_patch_size": (1,),
+    "input_data_format": (None, "channels_first", "channels_last"),
+    # Of a result that is patches, there is no other.
+    "data_format": (None, "channels_first"),
+}
+
 # What its caller decides for a process, and no repo's configuration.
 READING_KWARGS = ("allow_urls", "max_image_pixels")
+
+# Gray, RGB and RGBA or CMYK: what both backends resize, and what tells the dimension of channels from the others.
+CHANNELS = (1, 3, 4)
+
+# Of PIL, whose arrays hold bits, indices of a palette, or two channels.
+MODES_TO_CONVERT = ("1", "P", "PA", "LA")
 
 # What undoes the EXIF orientations 2 to 8: PIL's numbers of mirroring, turning, turning upside down, and so on.
 UPRIGHT = dict(enumerate(map(PIL.Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
@@ -114,8 +130,15 @@ def open_image(
         ValueError: a data URI is not in base64, a URL is not allowed, or base64 is too long.
         OSError: it holds no image of `IMAGE_FORMATS`, a broken or too large one; it is no regular file; a URL's body
             is too large or too slow, or it redirects to an address that is not public.
+        TypeError: `source` is bytes, or else none of these.
         `httpx.HTTPError`: the URL cannot be read.
     """
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        # PIL takes bytes for a path, which may be a stranger's.
+        raise TypeError(
+            f"`source` must be a path, a URL, base64 or a binary file, got {type(source).__name__}: of bytes, give "
+            "`io.BytesIO(data)`."
+        )
     described = repr(source)
     if isinstance(source, str) and len(source) > 200:
         described = f"{source[:80]!r}... of {len(source)} characters"
@@ -265,9 +288,9 @@ def checked_array(
     The array as `(channels, height, width)`, uint8 or float32.
 
     Raises:
-        ValueError: not `(height, width)`, `(channels, height, width)` or `(height, width, channels)`; values that are
-            not finite, or not in the range that they have: with `do_rescale` 0 to 65535 for uint16, else 0 to 255;
-            with `do_normalize` alone floats from 0 to 1; any with neither.
+        ValueError: not `(height, width)`, `(channels, height, width)` or `(height, width, channels)`; other than 1, 3
+            or 4 channels; values that are not finite, or not in the range that they have: with `do_rescale` 0 to 65535
+            for uint16, else 0 to 255; with `do_normalize` alone floats from 0 to 1; any with neither.
     """
     if isinstance(image, np.ndarray):
         try:
@@ -275,21 +298,29 @@ def checked_array(
             image = torch.from_numpy(np.require(native, requirements=["C", "W"]))
         except TypeError as error:
             raise ValueError(f"An image must hold integers or floats, got {image.dtype}.") from error
+    shape, given_format = tuple(image.shape), input_data_format
+    if image.ndim == 2:
+        image, input_data_format = image[None], ChannelDimension.FIRST
     if image.ndim != 3 or image.numel() == 0:
         raise ValueError(
-            "An image must be an array of shape (height, width), (channels, height, width) or (height, width, "
-            f"channels), none of them 0, got shape {tuple(image.shape)}."
+            "`images` must be arrays of shape (height, width), (channels, height, width) or (height, width, channels), "
+            f"none of them 0, or batches of them, got shape {shape}."
         )
     if input_data_format is None:
-        channels = (1, 3, 4)
-        if image.shape[0] in channels and image.shape[2] in channels:
+        first, last = (image.shape[dimension] in CHANNELS for dimension in (0, 2))
+        if first and last:
             raise ValueError(
-                f"The shape {tuple(image.shape)} of an image does not tell which dimension holds the channels: give "
+                f"The shape {shape} of an image does not tell which dimension holds the channels: give "
                 "`input_data_format`, 'channels_first' or 'channels_last'."
             )
-        input_data_format = infer_channel_dimension_format(image, num_channels=channels)
+        input_data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
     if input_data_format == ChannelDimension.LAST:
         image = image.permute(2, 0, 1)
+    if len(image) not in CHANNELS:
+        raise ValueError(
+            "An image must have 1, 3 or 4 channels, its first or last dimension is the channel dimension, got shape "
+            f"{shape}, `input_data_format` {given_format!r}."
+        )
 
     dtype = image.dtype
     if dtype == torch.bool or image.is_complex():
@@ -319,6 +350,19 @@ def checked_array(
     if do_normalize and not do_rescale and (low < 0 or high > 1):
         raise ValueError(unscaled_error(f"{low:.6g} to {high:.6g}"))
     return image
+
+
+def check_channels(images: list, do_normalize: bool | None, **statistics: float | tuple[float, ...]) -> None:
+    """
+    Raises a ValueError where `(channels, height, width)` images have not one number of channels, or not that of the
+    `image_mean` and `image_std` which `do_normalize` needs.
+    """
+    counts = sorted({len(image) for image in images})
+    if len(counts) > 1:
+        raise ValueError(f"With `do_convert_rgb=False` all images must have as many channels, got {counts}.")
+    for name, values in statistics.items():
+        if do_normalize and isinstance(values, tuple) and len(values) != counts[0]:
+            raise ValueError(f"`{name}` must hold a number per channel, {counts[0]}, got {len(values)}: {values}.")
 
 
 def unscaled_error(found: str) -> str:
@@ -446,6 +490,12 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         return super().from_dict(fields, **lower_minimum(kwargs, fields.get("min_patches", cls.min_patches)))
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        limits = [name for name in ("min_patches", "max_patches") if kwargs.get(name) is not None]
+        if limits and (side := kwargs.get("image_size", self.image_size)) is not None:
+            logger.warning_once(f"`{limits[0]}` does nothing while `image_size` is {side}: give `image_size=None` too.")
+        device = kwargs.get("device", self.device)
+        if self.backend == "pil" and str(device or "cpu") != "cpu":
+            logger.warning_once(f"`device` {device} is for the torchvision backend: with PIL patches are on the CPU.")
         return super().preprocess(images, *args, **lower_minimum(kwargs, self.min_patches))
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
@@ -470,9 +520,17 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
                 "`image_size` must be None or a positive multiple of `patch_size * merge_size`, got "
                 f"{image_size!r} and {factor}."
             )
-        for name, values in (("patch_layout", ("channels_first", "channels_last")), ("temporal_patch_size", (1,))):
+        for name, values in ALLOWED_VALUES.items():
             if kwargs[name] not in values:
                 raise ValueError(f"`{name}` must be {' or '.join(map(repr, values))}, got {kwargs[name]!r}.")
+        for name, lowest in (("image_mean", -math.inf), ("image_std", 0), ("rescale_factor", 0)):
+            numbers = np.ravel([] if kwargs[name] is None else kwargs[name])
+            if numbers.dtype.kind not in "iuf" or not ((lowest < numbers) & (numbers < math.inf)).all():
+                kind = "finite" if lowest else "positive"
+                raise ValueError(f"`{name}` must hold {kind} numbers, got {kwargs[name]!r}.")
+        if isinstance(kwargs["resample"], (int, float, str)) and kwargs["resample"] not in list(PIL.Image.Resampling):
+            # A name would be taken for bilinear.
+            raise ValueError(f"`resample` must be a `PIL.Image.Resampling`, 0 to 5, got {kwargs['resample']!r}.")
         return super()._standardize_kwargs(**kwargs)
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
@@ -480,23 +538,28 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         super()._validate_preprocess_kwargs(**{**kwargs, "size": SizeDict()})
 
     def fetch_images(self, image_url_or_urls, allow_urls=None, max_image_pixels=None):
-        """Reads paths, URLs and base64 strings; passes images on, with a channel dimension where they have none."""
+        """Reads paths, URLs and base64 strings; passes images on."""
         given = image_url_or_urls
-        if isinstance(given, PIL.Image.Image):
-            return given
         allow_urls = self.allow_urls if allow_urls is None else allow_urls
         max_image_pixels = self.max_image_pixels if max_image_pixels is None else max_image_pixels
         if isinstance(given, (str, os.PathLike)):
             return open_image(given, allow_urls, max_image_pixels)
         # Such as a list, or a column of a dataset.
-        if isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray)):
+        if is_list(given):
             return [self.fetch_images(element, allow_urls, max_image_pixels) for element in given]
-        images = super().fetch_images(given)
-        return images[None] if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 2 else images
+        if not isinstance(given, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+            raise TypeError(
+                "`images` must be PIL images, arrays, paths, URLs or base64, or lists of them, got "
+                f"{type(given).__name__}: bytes become an image with `open_image(io.BytesIO(data))`."
+            )
+        return given
 
     def _prepare_image_like_inputs(self, images, *args, allow_urls=None, max_image_pixels=None, **kwargs):
         images = self.fetch_images(images, allow_urls, max_image_pixels)
         return super()._prepare_image_like_inputs(images, *args, **kwargs)
+
+    def _prepare_images_structure(self, images, expected_ndims=3):
+        return flat_list(images)
 
     def process_image(
         self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, do_normalize=None, **kwargs
@@ -514,6 +577,8 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
                 image = image.expand(3, -1, -1)
         elif do_normalize and not do_rescale:
             raise ValueError(unscaled_error("a PIL image, whose range is 0 to 255"))
+        elif image.mode in MODES_TO_CONVERT and not do_convert_rgb:
+            raise ValueError(f"`do_convert_rgb` must be on for a PIL image of mode {image.mode!r}, or convert it.")
         if isinstance(image, PIL.Image.Image):
             image, input_data_format = upright_image(image), None
         return super().process_image(
@@ -548,6 +613,7 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
         if not images:
             raise ValueError("`images` must hold at least one image, got none.")
         target = TargetSize(**{name: kwargs[name] for name in TargetSize._fields})
+        check_channels(images, **{name: kwargs[name] for name in ("do_normalize", "image_mean", "image_std")})
         for image in images:
             target.sides(*image.shape[-2:])
         # To Qwen2-VL's processor `merge_size` is an order of patches, too.

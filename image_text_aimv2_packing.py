@@ -3,6 +3,7 @@
 """AIMv2 for images and words (LiT): the packed vision tower and transformers' text encoder, in one joint space."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_aimv2_packing import Aimv2PackingImageTextConfig
 from .layout_aimv2_packing import kind_of
 from .modeling_aimv2_packing import Aimv2PackingModel, Aimv2PackingPreTrainedModel
+
+
+# What both parts can be asked for.
+TEXT_OPTIONS = ("output_attentions", "output_hidden_states")
 
 
 class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
@@ -33,6 +38,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
     tower_class = Aimv2PackingModel
 
     def __init__(self, config: Aimv2PackingImageTextConfig):
+        config.validate()
         super().__init__(config)
         self.vision_model = self.tower_class._from_config(config.vision_config)
         self.text_model = Aimv2TextModel._from_config(config.text_config)
@@ -59,7 +65,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs
+        self, hidden_states: torch.Tensor | None = None, grid_thw: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
         Args:
@@ -99,21 +105,34 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             the text encoder's.
 
         Raises:
-            ValueError: the tokens have the wrong shape or dtype, or are too many; the mask has another shape.
+            ValueError: the tokens have the wrong shape or dtype, are too many, or none; the mask has another shape.
+            TypeError: an argument is none of these, and none that transformers passes to every model.
         """
-        outputs = self.text_model(input_ids, self._text_mask(input_ids, attention_mask), return_dict=True, **kwargs)
+        for name, value in kwargs.items():
+            if value is not None and name not in (*TEXT_OPTIONS, "num_items_in_batch", "use_cache"):
+                raise TypeError(f"`{name}` is not an argument of `get_text_features`.")
+        outputs = self._encode_texts(input_ids, self._text_mask(input_ids, attention_mask), kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
+
+    def _encode_texts(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, kwargs: dict[str, Any]
+    ) -> BaseModelOutputWithPooling:
+        # Nothing else: its attention would read `is_causal`, and ignore the rest.
+        options = {name: kwargs[name] for name in TEXT_OPTIONS if name in kwargs}
+        return self.text_model(input_ids, mask, return_dict=True, **options)
 
     def _text_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Checks the tokens and returns their mask."""
         if (
             not isinstance(input_ids, torch.Tensor)
             or input_ids.ndim != 2
+            or input_ids.numel() == 0
             or input_ids.dtype not in (torch.int32, torch.int64)
         ):
             raise ValueError(
-                f"`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), got {kind_of(input_ids)}."
+                "`input_ids` must be a tensor of integers of shape (num_texts, num_tokens), none of them 0, got "
+                f"{kind_of(input_ids)}."
             )
         longest = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > longest:
@@ -123,10 +142,10 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             )
         if attention_mask is None:
             return torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape:
+        given = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else kind_of(attention_mask)
+        if given != tuple(input_ids.shape):
             raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}."
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {given}."
             )
         return attention_mask
 
@@ -161,7 +180,7 @@ class Aimv2PackingImageTextModel(Aimv2PackingPreTrainedModel):
             )
         text_mask = self._text_mask(input_ids, attention_mask)
         vision_outputs = self.vision_model(hidden_states, grid_thw, return_dict=True, **kwargs)
-        text_outputs = self.text_model(input_ids, text_mask, return_dict=True, **kwargs)
+        text_outputs = self._encode_texts(input_ids, text_mask, kwargs)
         image_embeds = F.normalize(self.visual_projection(vision_outputs.pooler_output), dim=-1)
         text_embeds = F.normalize(self.text_projection(text_outputs.pooler_output), dim=-1)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,18 @@ POSITIONS = ("position_ids", "interp_indices", "interp_weights")
 # Under these names transformers' `vision_utils` computes them.
 VISION_UTILS_NAMES = ("cu_seqlens", "max_seqlen", *POSITIONS)
 
+# What attention of one's own segments is asked for by in transformers' language models.
+NAMES_HERE = {
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), "cu_seqlens"),
+    **dict.fromkeys(("max_length_q", "max_length_k"), "max_seqlen"),
+}
+
 INTEGER_DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 }
+
+INDEX_DTYPES = {"cu_seqlens": torch.int32, "position_ids": torch.int64, "interp_indices": torch.int64}
 
 
 @dataclass(eq=False)
@@ -61,6 +70,7 @@ class PackedLayout:
         interp_indices (`torch.Tensor`, int64 of shape `(total_patches, 16)`, or `None`): The learned positions that
             bicubic interpolation reads; `None` with native positions, and until [`with_positions`] has computed them.
         interp_weights (`torch.Tensor`, float32 of shape `(total_patches, 16)`, or `None`): Their weights.
+        num_grid_per_side (`int`, or `None`): How many learned positions a side has whose indices were computed.
     """
 
     runs: tuple[tuple[int, int], ...] | None
@@ -72,6 +82,7 @@ class PackedLayout:
     position_ids: torch.Tensor | None = None
     interp_indices: torch.Tensor | None = None
     interp_weights: torch.Tensor | None = None
+    num_grid_per_side: int | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -86,6 +97,7 @@ class PackedLayout:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedLayout":
         """The layout with its tensors on a device; itself where they are there."""
+        device = torch.device(device)
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self.tensors().items()
@@ -209,7 +221,8 @@ def compute_positions(layout: PackedLayout, config: Aimv2PackingConfig) -> Packe
         "interp_indices": (taps[row].unsqueeze(2) * num_positions + taps[column].unsqueeze(1)).flatten(1),
         "interp_weights": (weights[row].unsqueeze(2) * weights[column].unsqueeze(1)).flatten(1),
     }
-    return replace(layout, **{name: value for name, value in computed.items() if getattr(layout, name) is None})
+    missing = {name: value for name, value in computed.items() if getattr(layout, name) is None}
+    return replace(layout, num_grid_per_side=num_positions, **missing)
 
 
 @lru_cache(maxsize=4096)
@@ -261,7 +274,7 @@ def resolve_layout(
             raise ValueError(f"`layout` says all that {', '.join(map(repr, given))} would: give one or the other.")
         return validate_layout(layout, num_patches, config)
     validate_positions(given, num_patches)
-    positions = {name: given[name] for name in POSITIONS if name in given}
+    positions = in_own_dtypes({name: given[name] for name in POSITIONS if name in given})
     needed = {"position_ids"} if config.is_native else {"interp_indices", "interp_weights"}
     if positions and not positions.keys() & needed:
         raise ValueError(
@@ -276,6 +289,8 @@ def resolve_layout(
     if "cu_seqlens" in given:
         # The caller's own segments need not be those of the frames.
         layout = replace(layout, frame_sizes=None, **segments_from(given, num_patches))
+    elif "max_seqlen" in given and not torch.compiler.is_compiling():
+        validate_max_seqlen(given["max_seqlen"], layout.max_seqlen)
     return layout
 
 
@@ -399,6 +414,17 @@ def wants_attentions(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> bool
     return bool(config.output_attentions if asked is None else asked)
 
 
+def as_indices(name: str, given: Any) -> list[int]:
+    """
+    Raises:
+        ValueError: not a sequence of integers.
+    """
+    try:
+        return [index(each) for each in given]
+    except TypeError:
+        raise ValueError(f"`{name}` must be an int or a sequence of ints, got {given!r}.") from None
+
+
 def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> None:
     """
     Refuses by name what a forward would ignore, but not what transformers, Trainer and PEFT pass to any model.
@@ -417,10 +443,15 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
             f"{config._attn_implementation!r}."
         )
-    known = {*VISION_UTILS_NAMES, *TransformersKwargs.__annotations__, "use_cache"}
-    for name in (name for name, value in kwargs.items() if value is not None and name not in known):
-        hint = " Its name here is `grid_thw`." if name.endswith("_grid_thw") else ""
-        raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
+    known = {*VISION_UTILS_NAMES, "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"}
+    for name, value in kwargs.items():
+        # Of a switch that others have, off changes nothing.
+        off = value is None or (value is False and name in TransformersKwargs.__annotations__)
+        if not off and name not in known:
+            own = "grid_thw" if name.endswith("_grid_thw") else NAMES_HERE.get(name)
+            raise TypeError(
+                f"`{name}` is not an argument of `forward`." + (f" Its name here is `{own}`." if own else "")
+            )
 
 
 def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig) -> None:
@@ -493,10 +524,10 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
     if described != num_patches:
         raise ValueError(f"`layout` describes {described} patches, but `hidden_states` holds {num_patches}.")
     num_segments = sum(segments for segments, _ in layout.runs or ())
-    if tuple(layout.cu_seqlens.shape) != (num_segments + 1,):
+    if tuple(layout.cu_seqlens.shape) != (num_segments + 1,) or layout.cu_seqlens.dtype not in INTEGER_DTYPES:
         raise ValueError(
-            f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, got "
-            f"{kind_of(layout.cu_seqlens)}."
+            f"`layout.cu_seqlens` must be of shape ({num_segments + 1},), one more than there are segments, and of "
+            f"integers, got {kind_of(layout.cu_seqlens)}."
         )
     if layout.frame_sizes is not None and layout.grids is not None:
         expected = len(layout.grids) if config.merge_temporal else sum(frames for frames, _, _ in layout.grids)
@@ -506,12 +537,30 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
                 f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
             )
     validate_max_seqlen(layout.max_seqlen, max((length for _, length in layout.runs or ()), default=0))
-    validate_positions(layout.tensors(), num_patches)
+    if not config.is_native and layout.num_grid_per_side not in (None, config.image_size // config.patch_size):
+        side, own = layout.num_grid_per_side, config.image_size // config.patch_size
+        raise ValueError(
+            "`layout` must be computed with the model's configuration: it reads learned positions of a grid of "
+            f"{side} x {side}, the model has {own} x {own}."
+        )
+    tensors = layout.tensors()
+    validate_positions(tensors, num_patches)
+    if any(value.dtype != INDEX_DTYPES.get(name, value.dtype) for name, value in tensors.items()):
+        layout = replace(layout, **in_own_dtypes(tensors))
     return layout
 
 
-def validate_max_seqlen(max_seqlen: int, longest: int) -> None:
-    if max_seqlen < longest:
+def in_own_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a layout by name, integers in the dtypes of its fields: few operations index by any other."""
+    return {name: value.to(INDEX_DTYPES.get(name, value.dtype)) for name, value in tensors.items()}
+
+
+def validate_max_seqlen(max_seqlen: Any, longest: int) -> None:
+    try:
+        bound = index(max_seqlen)
+    except TypeError:
+        raise ValueError(f"`max_seqlen` must be an int, got {max_seqlen!r}.") from None
+    if bound < longest:
         raise ValueError(f"`max_seqlen` must be at least the longest segment, {longest} patches, got {max_seqlen}.")
 
 

@@ -9,6 +9,7 @@ stays inside a segment. Everything else in the model works on one patch at a tim
 Letters in the comments: N patches of all images together, S segments, D hidden size, H heads, K = D / H head size.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,8 +24,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import initialization as init
+from transformers import modeling_layers
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -35,7 +38,9 @@ from .layout_aimv2_packing import (
     MAX_SEGMENTS_PER_CALL,
     VISION_UTILS_NAMES,
     PackedLayout,
+    as_indices,
     is_traced,
+    kind_of,
     mean_over_segments,
     resolve_layout,
     segment_ids,
@@ -190,6 +195,21 @@ def segment_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+# What people replace to see or change products, norms, gates and attention.
+FUNCTIONS = {
+    **{name: getattr(torch._C._nn, name) for name in ("linear", "scaled_dot_product_attention")},
+    **{name: getattr(F, name) for name in ("rms_norm", "silu")},
+}
+OWN_ATTENTION = segment_attention
+
+
+def replaced_function() -> str | None:
+    """Whose function has been replaced that the layers call, or `None`."""
+    if any(getattr(F, name) is not function for name, function in FUNCTIONS.items()):
+        return "torch.nn.functional"
+    return None if segment_attention is OWN_ATTENTION else "the modeling file"
+
+
 # Gradient checkpointing
 
 # Where modules are defined whose forward draws no random number, but by the `nn.Dropout`s below them.
@@ -225,7 +245,7 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
             or may_draw_random_numbers(self)
         ):
             return function
-        if keywords == {"use_reentrant": False} and is_of_torch(function.func):
+        if keywords == {"use_reentrant": False} and is_from(function.func, torch_checkpoint, torch._compile):
             function = partial(checkpoint, **keywords)
         return partial(function, preserve_rng_state=False)
 
@@ -234,11 +254,12 @@ class Aimv2PackingCheckpointingLayer(GradientCheckpointingLayer):
         self.__dict__["_gradient_checkpointing_func"] = function
 
 
-def is_of_torch(function: Any) -> bool:
-    """Whether this is `torch.utils.checkpoint.checkpoint`, and nobody's replacement for it."""
+def is_from(function: Any, *modules: Any) -> bool:
+    """Whether this function, and all that it wraps, is written in these modules: nobody's replacement for it."""
+    files = [getattr(module, "__file__", None) for module in modules]
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or code.co_filename not in (torch_checkpoint.__file__, torch._compile.__file__):
+        if code is None or code.co_filename not in files:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
@@ -254,6 +275,9 @@ def checkpoint(function: Callable[..., torch.Tensor], *args: Any, **keywords: bo
         or not torch.is_grad_enabled()
         or any(getattr(torch_checkpoint, name, None) is not None for name in SET_BY_CONTEXTS)
         or not torch.amp.is_autocast_available(args[0].device.type)
+        # Transforms of torch.func, and forward-mode AD, which `SavedInput` has no rules for.
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return torch_checkpoint.checkpoint(function, *args, **keywords)
     forward = RepeatedForward(function, *args)
@@ -334,7 +358,7 @@ def may_draw_random_numbers(layer: nn.Module) -> bool:
     flash = is_flash_attention_requested(requested_attention_implementation=implementation)
     if layer.config.attention_dropout or not (interface is known or flash):
         return True
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or replaced_function():
         return True
     return not all(map(draws_nothing, layer.modules()))
 
@@ -343,11 +367,13 @@ def draws_nothing(module: nn.Module) -> bool:
     for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
         if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
             return False
-    if "forward" in module.__dict__:
+    forward = type(module).forward
+    # Not only by its `__module__`, which `functools.wraps` copies.
+    if "forward" in module.__dict__ or not is_from(forward, sys.modules.get(forward.__module__), modeling_layers):
         return False
     if type(module) in DROPOUTS:
         return not module.training or module.p == 0
-    return type(module) in ACTIVATIONS or type(module).forward.__module__ in DETERMINISTIC
+    return type(module) in ACTIVATIONS or forward.__module__ in DETERMINISTIC
 
 
 # Layers
@@ -599,6 +625,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     _newly_initialized = ()
 
     def __init__(self, config: Aimv2PackingConfig):
+        # Fields set since it was made, by `from_pretrained` or the caller, have not been looked at.
+        config.validate()
         super().__init__(config)
         self.embeddings = Aimv2PackingEmbeddings(config)
         self.encoder = Aimv2PackingEncoder(config)
@@ -638,6 +666,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     def _prepare(self, hidden_states, grid_thw, layout, kwargs: dict[str, Any]) -> tuple[torch.Tensor, PackedLayout]:
         """Checks the arguments of a forward and returns its patches and layout."""
+        self._validate_configuration()
         validate_keyword_arguments(kwargs, self.config)
         validate_hidden_states(hidden_states, self.config)
         if hidden_states.is_meta and self.device.type != "meta":
@@ -655,6 +684,19 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 return hidden_states + zero_if_of_one_length(layout.cu_seqlens, hidden_states.shape[0]), layout
         return hidden_states, layout
 
+    def _validate_configuration(self) -> None:
+        """Refuses what was set after the model was made, and needs other weights."""
+        config, own = self.config, getattr(self.embeddings, "num_grid_per_side", None)
+        expected = None if config.is_native else config.image_size // config.patch_size
+        if expected != own:
+            held = "none" if own is None else f"{own} x {own}"
+            raise ValueError(
+                "`is_native`, `image_size` and `patch_size` of `config` must be those that the model was made with: it "
+                f"holds {held} learned positions, the configuration says {expected or 'none'} a side."
+            )
+        if config.use_head and not hasattr(self, "head"):
+            raise ValueError("`use_head` of `config` must be true when the model is made: this one has no head.")
+
     def _reads_cu_seqlens(self, device: torch.device) -> bool:
         """Whether attention needs no lengths on the host."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
@@ -665,7 +707,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         layout: PackedLayout | None = None,
         **kwargs,
@@ -683,7 +725,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
 
     def get_intermediate_layers(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         n: int | Sequence[int] = 1,
         reshape: bool = False,
@@ -700,7 +742,8 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
                 The last `n` blocks, or the 0-based indices of blocks; negative ones count from the end. The output of
                 block `k` is `hidden_states[k + 1]` of `output_hidden_states=True`.
             reshape (`bool`, *optional*, defaults to `False`):
-                Whether to return a map `(t, h, w, hidden_size)` per image, as [`unpack_features`] does.
+                Whether to return a map `(t, h, w, hidden_size)` per image, as [`unpack_features`] does; its sides are
+                those of `layout`, or of `grid_thw`.
             norm (`bool`, *optional*, defaults to `True`): Whether to apply the model's final norm.
 
         Returns:
@@ -711,11 +754,13 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             TypeError: an argument is for the outputs of `forward`.
         """
         num_blocks = len(self.encoder.layers)
-        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else list(map(int, n))
+        blocks = list(range(-n, 0)) if isinstance(n, int | Integral) else as_indices("n", n)
         if not blocks or not all(-num_blocks <= block < num_blocks for block in blocks):
             raise ValueError(
                 f"`n` must name blocks of {num_blocks}, as a number of them or by 0-based indices, got {n}."
             )
+        if reshape and (grids := getattr(layout, "grids", None)) is not None:
+            grid_thw = torch.tensor(grids, dtype=torch.int64, device="cpu").view(-1, 3)
         if reshape and grid_thw is None:
             raise ValueError("`grid_thw` must be given with `reshape`, for the sides of the maps.")
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
@@ -790,7 +835,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         count = len(self.encoder.layers) + 1
         if chosen is True:
             return list(range(count))
-        indices = map(int, [chosen] if isinstance(chosen, int | Integral) else chosen)
+        indices = as_indices("output_hidden_states", [chosen] if isinstance(chosen, int | Integral) else chosen)
         return sorted({index % count for index in indices if -count <= index < count})
 
 
@@ -821,20 +866,50 @@ class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
         """
         Args:
             hidden_states, grid_thw, kwargs: As for [`~Aimv2PackingModel.forward`].
-            labels (`torch.Tensor` of integers of shape `(num_images,)`, *optional*): For the loss.
+            labels (`torch.Tensor` of `num_segments` labels, *optional*):
+                For the loss that `config.problem_type` names, as in transformers: integers are classes; real values of
+                shape `(num_segments, num_labels)` are targets.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                Labels of all batches of a step, as Trainer counts them: the loss is then the part of these images in
+                the mean over all. By default it is the mean over these.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`]: `logits` of shape `(num_segments, num_labels)`,
             and `loss` where labels were given.
+
+        Raises:
+            ValueError: there is not a label per segment, or an argument of [`~Aimv2PackingModel.forward`] is wrong.
         """
+        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.ndim == 0):
+            raise ValueError(f"`labels` must be a tensor with one label per segment, got {kind_of(labels)}.")
         outputs = self.vision_model.get_image_features(hidden_states, grid_thw, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         return ImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            loss=None if labels is None else self._loss(labels, logits, kwargs.get("num_items_in_batch")),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(
+        self, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        if len(labels) != len(logits):
+            raise ValueError(
+                f"`labels` must hold one label per segment, {len(logits)} in all, got shape {tuple(labels.shape)}."
+            )
+        if not labels.is_floating_point():
+            labels = labels.to(torch.int64)
+        given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        loss = self.loss_function(labels, logits, self.config, **given)
+        if (
+            given
+            and self.loss_function is ForSequenceClassificationLoss
+            and self.config.problem_type != "single_label_classification"
+        ):
+            # Of transformers' losses only cross entropy heeds it.
+            loss = loss * (labels.numel() / num_items_in_batch)
+        return loss
 
 
 __all__ = ["Aimv2PackingForImageClassification", "Aimv2PackingModel", "Aimv2PackingPreTrainedModel"]

@@ -20,6 +20,14 @@ class Aimv2PackingProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        for name in ("videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None: this processor takes images and texts. Frames of a video go into "
+                    "`image_processor.preprocess_videos`."
+                )
+        if isinstance(text, list) and not text:
+            raise ValueError("`text` must be a text or a list of at least one, got an empty list.")
         # Images are read by the image processor, with its own arguments, such as `allow_urls`.
         return images, *super().prepare_inputs_layout(None, text, **kwargs)[1:]
 

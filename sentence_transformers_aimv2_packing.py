@@ -60,15 +60,16 @@ class Aimv2PackingTransformer(Transformer):
                 raise ValueError(f"An input must hold one image, got {len(sample['image'])}.")
             return {**sample, "image": sample["image"][0]}
         if isinstance(sample, str) and os.path.splitext(sample)[1].lower() in self.image_suffixes:
-            return {"image": sample} if os.path.isfile(sample) else sample
+            is_image = os.path.isfile(sample) or sample.lower().startswith("file://")
+            return {"image": sample} if is_image else sample
         return sample
 
     def preprocess(self, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
         Args:
             inputs (sequence): All images or all texts. A `Path` and `{"image": ...}` are images. A string is an image
-                where it is an existing file with the suffix of one of the image processor's formats, or what Sentence
-                Transformers takes for the URL of an image; else it is a text.
+                where it is an existing file or a `file://` URL with the suffix of one of the image processor's formats,
+                or what Sentence Transformers takes for the URL of an image; else it is a text.
             args, kwargs: As for [`~sentence_transformers.base.modules.transformer.Transformer`].
 
         Returns:

@@ -265,6 +265,8 @@ def match_tensors(encoder: Encoder, own: dict[str, StoredTensor], shapes: dict[s
             stored = stored._replace(shape=shape)
             encoder.tensors[name] = stored if part is None else stored.part(part, 3)
 
+    # Of theirs, which may be three of ours.
+    encoder.missing, encoder.wrong = (list(dict.fromkeys(names)) for names in (encoder.missing, encoder.wrong))
     others = [name for name in own if name not in used]
     dropped = {name for name in others if re.fullmatch(encoder.checkpoint_format.dropped, name)}
     encoder.left_over = [encoder.prefix + name for name in others if name not in dropped]

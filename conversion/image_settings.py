@@ -10,11 +10,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from .local_code import Aimv2PackingConfig
+from .local_code import Aimv2PackingConfig, local_class
 from .messages import printable
 from .repo_contents import IMAGE_PROCESSOR_FIELDS, mismatches, shortened
 from .safetensors_files import read_json, safe_path
 
+
+image_processor_class = local_class("image_processing_aimv2_packing.Aimv2PackingImageProcessorPil")
 
 # What another processor's fields mean here too.
 SHARED = ("do_convert_rgb", "do_normalize", "do_rescale", "image_mean", "image_std", "resample", "rescale_factor")
@@ -73,6 +75,11 @@ def image_settings(
     }
     for wrong in check(found, settings, vision.num_channels):
         raise ValueError(f"The image processor of the source cannot be taken over: {wrong}.")
+    fixed = ("auto_map", "image_processor_type")
+    try:
+        image_processor_class(**{name: value for name, value in settings.items() if name not in fixed})
+    except ValueError as error:
+        raise ValueError(f"The image processor of the source cannot be taken over: {error}") from error
     return settings, notes
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Aimv2TextConfig, Aimv2TextModel
+from transformers.activations import ACT2FN
 
 from .checkpoint_formats import (
     APPLE_TRUNK,
@@ -128,6 +129,8 @@ def find_image_text(
             text.wrong.append(f"{label} is {stored.dtype} {stored.shape}, expected floating-point {shape}")
         else:
             found[name] = stored._replace(shape=shape)
+    if (stated_dimension := config_of_whole.get("projection_dim", dimension)) != dimension:
+        text.wrong.append(f"config.json says projection_dim {stated_dimension}, the tensors say {dimension}")
     fields = {"vision_config": vision.config, "text_config": text.config, "projection_dim": dimension}
     stated = ("logit_scale_init_value", "max_logit_scale", "initializer_factor")
     try:
@@ -198,6 +201,8 @@ def read_text_settings(geometry: dict[str, Any], section: dict[str, Any], notes:
     heads = settings["num_attention_heads"]
     if not isinstance(heads, int) or heads < 1 or geometry["hidden_size"] % heads:
         raise ValueError(f"num_attention_heads {heads!r} of the text encoder do not divide {geometry['hidden_size']}")
+    if (activation := settings.get("hidden_act", default.hidden_act)) not in ACT2FN:
+        raise ValueError(f"hidden_act {activation!r} of the text encoder is no activation of transformers")
     closing = settings.setdefault("eos_token_id", default.eos_token_id)
     if not isinstance(closing, int) or not 0 <= closing < geometry["vocab_size"]:
         raise ValueError(f"eos_token_id {closing!r} of the text encoder is none of its {geometry['vocab_size']} tokens")

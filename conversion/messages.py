@@ -9,12 +9,17 @@ from collections.abc import Sequence
 
 
 NEXT_STEPS = {
+    **dict.fromkeys((errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR), "choose another place"),
     errno.EACCES: "ask for the right to it, or choose another place",
     errno.EPERM: "ask for the right to it, or choose another place",
     errno.EROFS: "choose another place",
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some space, or choose another disk",
 }
+
+
+# The packages by which fsspec speaks to object stores. Their errors are none of the system's.
+STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
 
 
 def printable(name: object) -> str:
@@ -54,3 +59,8 @@ def without_credentials(text: str) -> str:
 def next_step(error: BaseException) -> str | None:
     """What to do about an error of the system, or `None` where it is none that a user can put right."""
     return NEXT_STEPS.get(error.errno) if isinstance(error, OSError) and error.errno is not None else None
+
+
+def is_of_store(error: BaseException) -> bool:
+    """Whether an object store, or the way to it, gave the error: it lacks credentials, or does not answer."""
+    return type(error).__module__.partition(".")[0] in STORES

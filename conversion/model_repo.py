@@ -74,8 +74,6 @@ def convert(
                 f"{output} needs {sizes[0]}, but only {sizes[1]} are free there: free some space, choose another disk, "
                 "or convert to a smaller --dtype."
             )
-        for name in write_checkpoint(folder, model.tensors, dtype, max_shard_size):
-            warn(f"{printable(name)} holds NaN or infinite values")
         for note in (*model.notes, *write_configs(folder, source, kind, dtype)):
             warn(note)
         if kind.image_text:
@@ -89,6 +87,9 @@ def convert(
         licences, left_out = copy_licences(source.folder, folder)
         for reason in left_out:
             warn(f"not taken over from the source: {reason}")
+        # Last, as it takes longest, of what may be refused.
+        for name in write_checkpoint(folder, model.tensors, dtype, max_shard_size):
+            warn(f"{printable(name)} holds NaN or infinite values")
         report = verifier(folder) if verifier else None
         write_card(folder, source, kind, model_id, dtype, licences, report)
 

@@ -28,7 +28,12 @@ class Done:
 
 
 def done_of(output: Output, corpus: Corpus, retry_errors: bool, redo_changed: bool) -> Done:
-    """Reads all ids of the output, and notes the sizes and times of files that have no rows yet."""
+    """
+    Reads all ids of the output, and notes the sizes and times of files that have no rows yet.
+
+    Raises:
+        ValueError: the output has two rows of an image, or a file that is none of its own.
+    """
     done = Done()
     recorded = output.stamps()
     known = recorded or {}
@@ -54,6 +59,8 @@ def done_of(output: Output, corpus: Corpus, retry_errors: bool, redo_changed: bo
                     yield id_
 
     done.ids = IdSet(ids())
+    if done.ids.has_duplicates():
+        raise ValueError(twice_line(output, done.ids.duplicates()))
     if corpus.ids is not None:
         with_rows = {name for name in corpus.digests if name in known}
     if recorded is None and with_rows:
@@ -64,6 +71,16 @@ def done_of(output: Output, corpus: Corpus, retry_errors: bool, redo_changed: bo
     if done.stamps != recorded:
         output.write_stamps(done.stamps)
     return done
+
+
+def twice_line(output: Output, ids: IdSet) -> str:
+    of_ids = ((id_, file) for file, id_, _ in output.rows() if id_ in ids)
+    first, file = next(of_ids)
+    files = dict.fromkeys([file, *(file for id_, file in of_ids if id_ == first)])
+    return (
+        f"`--output` {output.shown} holds {len(ids):,} images twice, such as {printable(first)} in "
+        f"{' and '.join(files)}: delete one of these files, and run again, which does what only it held."
+    )
 
 
 def changed_line(done: Done, redo_changed: bool) -> str:

@@ -162,6 +162,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
     skipped: list[tuple[str, str]] = []
     stamps: dict[str, str] = {}
     real_folder = cache(os.path.realpath)
+    in_output = False
     for source, location in enumerate(inputs):
         fs, path = file_system(location)
         output_fs, output_path = file_system(output)
@@ -171,6 +172,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
         for file, listed in found:
             folder = real_folder(os.path.dirname(file)) if is_local else os.path.dirname(file)
             if output_fs == fs and f"{folder}/".startswith(f"{output_path}/"):
+                in_output = True
                 continue
             name = utf8_name(os.path.relpath(bare(fs, file), root))
             kind, reason, info = kind_of(fs, file, listed, image_formats)
@@ -188,6 +190,8 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
         counted = (
             f"; {len(skipped)} other files were found, such as {printable(skipped[0][0])}: {skipped[0][1]}"
             if skipped
+            else f"; what lies in `--output` {shown((output,))} is no input"
+            if in_output
             else ""
         )
         raise FileNotFoundError(f"`--input` must hold images, .parquet or .tar files, got {shown(inputs)}{counted}.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from conversion.hub_files import download_files, require_converted
@@ -40,7 +41,7 @@ def load_model(folder: str, settings: Settings):
     The image-text model for projected features, else the vision tower, which may be a part of one.
 
     Raises:
-        ValueError: the weights lack a tensor, which transformers would fill at random.
+        ValueError: the weights cannot be read, or lack a tensor, which transformers would fill at random.
     """
     disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "output_loading_info": True}
@@ -50,7 +51,12 @@ def load_model(folder: str, settings: Settings):
         model_class = local_class("accelerated_image_text_aimv2_packing.Aimv2PackingAcceleratedImageTextModel")
     else:
         model_class = local_class("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel")
-    model, info = model_class.from_pretrained(folder, **options)
+    try:
+        model, info = model_class.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {folder} cannot be read ({error}): copy or convert the model again."
+        ) from error
     if info["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {sorted(info['missing_keys'])[0]}: convert the model again.")
     return model.eval()

@@ -152,15 +152,26 @@ def started(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def gpus_of(resources: dict[str, float], device: str | None) -> int:
+    """
+    Raises:
+        ValueError: a GPU is asked for, and there is none.
+    """
+    gpus = int(resources.get("GPU", 0))
+    if device == "cuda" and not gpus:
+        raise ValueError("`--device` cuda needs a GPU, and Ray has none: give cpu, or leave it out.")
+    return 0 if device == "cpu" else gpus
+
+
 def encoded(job: Job, kind: str, parts: list[Part], done: Container[str], options: Options) -> ray.data.Dataset:
     """
     The stages as a dataset of rows of the output.
 
     Raises:
-        ValueError: there are fewer GPUs than workers.
+        ValueError: there are fewer GPUs than workers, or none for `--device cuda`.
     """
     resources = ray.cluster_resources()
-    cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0)) if options.device != "cpu" else 0
+    cpus, gpus = int(resources["CPU"]), gpus_of(resources, options.device)
     num_workers = options.num_workers or gpus or 1
     if gpus and num_workers > gpus:
         raise ValueError(f"`--num-workers` must be at most the number of GPUs, {gpus}, got {num_workers}.")

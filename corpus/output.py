@@ -35,6 +35,9 @@ LOCK = ".lock"
 # What they were called in outputs that were begun before they had dots.
 OLD_NAMES = {"_unfinished": UNFINISHED, "_settings.json": SETTINGS, "_skipped.txt": SKIPPED, "_lock": LOCK}
 
+# What rows depend on and files tell in the metadata of their schema.
+MADE_WITH = ("weights", "pooling", "dtype")
+
 # Of each kind of error, in the summary.
 FIRST_IDS = 3
 
@@ -145,10 +148,39 @@ class Output:
         with self.parquet(file) as parquet:
             return parquet.read(columns=columns)
 
+    def texts(self, file: str, *names: str) -> pa.Table:
+        """
+        Columns of texts, of which the first has no null.
+
+        Raises:
+            ValueError: the file cannot be read, or has no such columns.
+        """
+        table = self.read(file, list(names))
+        are_texts = sorted(table.column_names) == sorted(names) and {*table.schema.types} == {pa.string()}
+        if not are_texts or table[names[0]].null_count:
+            raise self.foreign(file)
+        return table
+
+    def foreign(self, file: str) -> ValueError:
+        return ValueError(f"{file} of `--output` {self.shown} is not what this command writes there: remove it.")
+
     def rows(self) -> Iterator[tuple[str, str, str | None]]:
-        """The file, the id and the error of every row."""
+        """
+        The file, the id and the error of every row.
+
+        Raises:
+            ValueError: a file cannot be read, or was not made as the others.
+        """
+        record = self.record() or {}
         for file in self.files():
-            table = self.read(file, ["id", "error"])
+            table = self.texts(file, "id", "error")
+            for name in MADE_WITH:
+                value = (table.schema.metadata or {}).get(f"aimv2_packing.{name}".encode(), b"").decode()
+                if value and value != record.get(name, value):
+                    raise ValueError(
+                        f"{file} of `--output` {self.shown} was made with something else ({name} {value[:12]} rather "
+                        f"than {record[name][:12]}): remove it."
+                    )
             for id_, error in zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True):
                 yield file, id_, error
 
@@ -190,7 +222,7 @@ class Output:
         """Size and time of each file of the input as it was when its rows were made, where they were recorded."""
         if not self.fs.exists(f"{self.path}/{INPUTS}"):
             return None
-        table = self.read(INPUTS)
+        table = self.texts(INPUTS, "file", "stamp")
         return dict(zip(table["file"].to_pylist(), table["stamp"].to_pylist(), strict=True))
 
     def write_stamps(self, stamps: dict[str, str]) -> None:

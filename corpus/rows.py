@@ -63,7 +63,12 @@ class IdSet:
         return len(self.sorted)
 
     def has_duplicates(self) -> bool:
-        return bool((self.sorted[1:] == self.sorted[:-1]).any())
+        return bool(len(self.duplicates()))
+
+    def duplicates(self) -> "IdSet":
+        """Those that come twice or more, once."""
+        again = self.sorted[1:][self.sorted[1:] == self.sorted[:-1]]
+        return IdSet(digests=np.unique(again).tobytes()) if len(again) else IdSet()
 
 
 def with_kept(schema: pa.Schema, keep: pa.Schema | None) -> pa.Schema:

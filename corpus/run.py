@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from conversion.local_code import CODE_FOLDER, local_class
@@ -52,6 +53,15 @@ def run(options: Options) -> None:
         # Or what still runs when a failed run ends would start Ray once more.
         os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         engine = import_module("corpus.on_ray")
+    if engine is not in_process and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            "`--device` must be cuda or cpu with `--num-workers` or `--address`, where each worker has one of its own, "
+            f"got {options.device}."
+        )
+    for name, locations in (("input", options.input), ("output", [options.output])):
+        # Which would be the working folder.
+        if "" in locations:
+            raise ValueError(f"`--{name}` must be a folder, a file or a URL, got ''.")
     output = output_of(options.output, options.num_shards, options.shard_index)
     job, corpus = plan(options)
     if options.num_shards is not None and not output.files() and (other := recorded_shard(options.output)):
@@ -115,7 +125,10 @@ def plan(options: Options) -> tuple[Job, Corpus]:
         ValueError: an argument does not fit the model or the input.
     """
     folder, commit = model_folder(options.model, options.revision)
-    config = local_class("configuration_aimv2_packing.Aimv2PackingConfig").from_pretrained(folder)
+    try:
+        config = local_class("configuration_aimv2_packing.Aimv2PackingConfig").from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"`--model` {printable(options.model)}: its config.json cannot be used: {error}") from error
     pooling = check_pooling(options.pooling, options.model, config_of(folder), config.use_head)
     processor = load_processor(folder, options.max_patches, options.image_size)
     # Settings that do not fit each other show when it is used.
@@ -123,7 +136,7 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     side = (processor.image_size or 0) // processor.patch_size
     largest = side**2 or processor.max_patches
     patches_per_batch = options.patches_per_batch or max(
-        largest, PATCHES_ON_CPU if device_of(options.device) == "cpu" and not options.address else PATCHES_ON_GPU
+        largest, PATCHES_ON_CPU if not options.address and device_of(options.device) == "cpu" else PATCHES_ON_GPU
     )
     if patches_per_batch < largest:
         raise ValueError(
@@ -135,6 +148,11 @@ def plan(options: Options) -> tuple[Job, Corpus]:
     formats = tuple(local_class("image_processing_aimv2_packing.image_formats")())
     corpus = corpus_of(inputs, options.output, formats)
     is_parquet = corpus.kind == "parquet"
+    for option, given in (("image", options.image_column != Options.image_column), ("id", options.id_column)):
+        if given and not is_parquet:
+            raise ValueError(
+                f"`--{option}-column` is for Parquet files and manifests, got files of kind {corpus.kind}."
+            )
     check_keep(options.keep, corpus.kind, formats)
     # Of an archive they are texts.
     keep = pa.schema([(name, pa.string()) for name in options.keep])
@@ -215,7 +233,7 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
     """
     record = output.record()
     begun = {
-        "model": options.model,
+        "model": job.model,
         "commit": job.revision,
         "input": [without_credentials(location) for location in job.inputs],
         "code": code_hash(CODE_FOLDER),

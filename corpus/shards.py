@@ -146,11 +146,18 @@ def recorded_shard(location: str) -> tuple[Output, dict[str, Any]] | None:
 
 
 def rows_and_errors(output: Output) -> tuple[int, int]:
-    """As the metadata of the files tell, without reading rows."""
+    """
+    As the metadata of the files tell, without reading rows.
+
+    Raises:
+        ValueError: a file cannot be read, or is none of this command's.
+    """
     rows = errors = 0
     for file in output.files():
         with output.parquet(file) as parquet:
             column = parquet.schema_arrow.get_field_index("error")
+            if column < 0:
+                raise output.foreign(file)
             for group in (parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)):
                 rows += group.num_rows
                 errors += group.num_rows - group.column(column).statistics.null_count

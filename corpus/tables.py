@@ -67,11 +67,12 @@ def check_columns(
 ) -> None:
     """
     Raises:
-        ValueError: a column is missing, or holds no images or no ids.
+        ValueError: a column is missing, comes twice, or holds no images or no ids.
     """
     for column in (image_column, id_column, *keep):
-        if column and column not in schema.names:
-            raise ValueError(f"{printable(name)} must have a column {column!r}, got {schema.names}.")
+        if column and (number := schema.names.count(column)) != 1:
+            article = "one" if number else "a"
+            raise ValueError(f"{printable(name)} must have {article} column {column!r}, got {schema.names}.")
     kind = schema.field(image_column).type
     if not is_image_type(kind):
         raise ValueError(
@@ -80,6 +81,11 @@ def check_columns(
         )
     if id_column and (pa.types.is_nested(kind := schema.field(id_column).type) or pa.types.is_null(kind)):
         raise ValueError(f"`--id-column` {id_column!r} must hold text or numbers, got {kind} in {printable(name)}.")
+    # Of JSON's whole numbers the longer ones become such, without their last digits.
+    if id_column and is_manifest(name) and pa.types.is_floating(kind):
+        raise ValueError(
+            f"`--id-column` {id_column!r} must hold text or whole numbers below 2**63, got {kind} in {printable(name)}."
+        )
 
 
 @lru_cache(maxsize=1)
@@ -92,12 +98,30 @@ def parquet_of(path: str, fs: fsspec.AbstractFileSystem, key: str, columns: tupl
         if path.lower().endswith(".csv"):
             # 0001 is an id, no number.
             options = pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
-            table = pa.csv.read_csv(opened, convert_options=options)
+            lines = pa.csv.ParseOptions(newlines_in_values=True)
+            table = pa.csv.read_csv(opened, parse_options=lines, convert_options=options)
         else:
             table = pa.json.read_json(opened)
+            # 2024-01-01 is text, no time.
+            schema = pa.schema([field.with_type(without_times(field.type)) for field in table.schema])
+            if schema != table.schema:
+                opened.seek(0)
+                table = pa.json.read_json(opened, parse_options=pa.json.ParseOptions(explicit_schema=schema))
     buffer = pa.BufferOutputStream()
-    pq.write_table(table.select(columns) if {*columns} <= {*table.column_names} else table, buffer, row_group_size=1024)
+    are_there = all(table.column_names.count(column) == 1 for column in columns)
+    pq.write_table(table.select(columns) if are_there else table, buffer, row_group_size=1024)
     return buffer.getvalue().to_pybytes()
+
+
+def without_times(kind: pa.DataType) -> pa.DataType:
+    """The type of JSON whose texts stay texts, also those that Arrow takes for times."""
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(without_times(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(without_times(field.type)) for field in kind])
+    return kind
 
 
 @contextmanager

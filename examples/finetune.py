@@ -9,7 +9,8 @@ patches:
     torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits             # a copy of the model per process
     torchrun --nproc-per-node 2 examples/finetune.py --output runs/digits --fsdp      # the model divided (FSDP2)
 
-Run it again and it goes on from the last checkpoint, or says that it has finished; with `--fsdp` the checkpoints hold
+Run it again and it goes on from the last checkpoint, or says that it has finished; another `--checkpoint` or other
+classes need another `--output`. With `--fsdp` the checkpoints hold
 the model alone, which is all that Trainer saves of a model that was divided when it was loaded. The output is a model
 repo: `AutoModel.from_pretrained(OUTPUT, trust_remote_code=True)` gives the encoder, and
 `Aimv2PackingForImageClassification.from_pretrained(OUTPUT)`, of this file, the classifier too.
@@ -231,7 +232,21 @@ def finished(output: Path, steps: int) -> bool:
     return state.is_file() and json.loads(state.read_text())["global_step"] >= steps
 
 
-def make_start(folder: Path, checkpoint: str | None, labels: dict) -> None:
+def check_start(folder: Path, begun: dict) -> None:
+    """
+    Raises:
+        ValueError: the run was begun with another checkpoint or other classes.
+    """
+    file = folder / "begun.json"
+    # One of before there was this file goes on.
+    was = json.loads(file.read_text()) if file.exists() else begun
+    if changed := [f"{name} is {value}, was {was[name]}" for name, value in begun.items() if value != was[name]]:
+        raise ValueError(
+            f"{folder.parent} was begun with something else ({'; '.join(changed)}): give another --output."
+        )
+
+
+def make_start(folder: Path, checkpoint: str | None, labels: dict, begun: dict) -> None:
     """The model to begin with, in float32: the encoder of a checkpoint, or random weights, and a new classifier."""
     if checkpoint is None:
         model = Aimv2PackingForImageClassification(Aimv2PackingConfig(**SMALL, **labels))
@@ -243,6 +258,7 @@ def make_start(folder: Path, checkpoint: str | None, labels: dict) -> None:
     # Renamed at the end: a killed run leaves no half of it.
     unfinished = folder.with_name("initial.unfinished")
     model.save_pretrained(unfinished)
+    (unfinished / "begun.json").write_text(json.dumps(begun))
     unfinished.rename(folder)
 
 
@@ -304,9 +320,12 @@ def main() -> None:
         "label2id": {name: index for index, name in enumerate(train_dataset.classes)},
     }
     start = arguments.output / "initial"
+    begun = {"checkpoint": arguments.checkpoint, "classes": train_dataset.classes}
     with training.main_process_first():
-        if not start.exists():
-            make_start(start, arguments.checkpoint, labels)
+        if start.exists():
+            check_start(start, begun)
+        else:
+            make_start(start, arguments.checkpoint, labels, begun)
     distributed = {"distributed_config": DistributedConfig(fsdp_size=training.world_size)} if arguments.fsdp else {}
     model = Aimv2PackingForImageClassification.from_pretrained(start, use_safetensors=True, **distributed)
 

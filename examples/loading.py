@@ -21,7 +21,7 @@ try:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from conversion.hub_files import require_converted
-    from conversion.messages import NEXT_STEPS, printable_lines
+    from conversion.messages import NEXT_STEPS, is_of_store, printable_lines
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements.txt")
 
@@ -54,7 +54,10 @@ def run(main: Callable[[], None]) -> None:
         main()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
-    except (OSError, ValueError, ImportError, httpx.HTTPError, safetensors.SafetensorError) as error:
+    except Exception as error:
+        for_users = (OSError, ValueError, ImportError, httpx.HTTPError, safetensors.SafetensorError)
+        if not isinstance(error, for_users) and not is_of_store(error):
+            raise
         # Safetensors gives the system's reason as text alone.
         steps = {f"- {step}." for code, step in NEXT_STEPS.items() if os.strerror(code) in str(error)}
         sys.exit(printable_lines("error: " + " ".join([*str(error).split(), *steps])))

@@ -73,17 +73,31 @@ def embed_pictures(paths: list[Path], processor, model, max_patches_per_batch: i
     return torch.nn.functional.normalize(torch.cat(vectors), dim=1).cpu()
 
 
-def read_features(features: Path, folder: Path) -> tuple[list[Path], torch.Tensor]:
-    """Paths and unit vectors of the rows that a run of `extract_features.py` over `folder` wrote."""
+def read_features(features: Path, folder: Path, checkpoint: str | None) -> tuple[list[Path], torch.Tensor]:
+    """
+    Paths and unit vectors of the rows that a run of `extract_features.py` over `folder` wrote.
+
+    Raises:
+        ValueError: they are not projected, or of other weights than the checkpoint's.
+    """
     import pyarrow.dataset
 
-    # Older outputs have it without the dot.
-    settings = [features / name for name in (".settings.json", "_settings.json") if (features / name).is_file()]
+    from corpus.models import model_folder
+    from corpus.settings import weights_of
+
+    # Older outputs have it without the dot, and shards one each.
+    names = (".settings.json", "_settings.json", "shard=*/.settings.json")
+    settings = [file for name in names for file in sorted(features.glob(name))]
     record = json.loads(settings[0].read_text()) if settings else {}
     if record.get("pooling") != "projection":
         raise ValueError(
             f"{features} must be written with `extract_features.py --pooling projection`, got --pooling "
             f"{record.get('pooling')}: only projected features compare with words."
+        )
+    weights = weights_of(model_folder(checkpoint, None)[0]) if checkpoint else None
+    if record.get("weights", weights) != weights:
+        raise ValueError(
+            f"{features} was made by other weights than those of --checkpoint {checkpoint}: give its model."
         )
     table = pyarrow.dataset.dataset(features, format="parquet").to_table(["id", "embedding"])
     table = table.filter(table["embedding"].is_valid())
@@ -132,7 +146,7 @@ def main() -> None:
     if arguments.output.suffix != ".png":
         parser.error(f"--output must be a .png file, got {arguments.output}")
     if arguments.features:
-        paths, pictures = read_features(arguments.features, arguments.folder)
+        paths, pictures = read_features(arguments.features, arguments.folder, arguments.checkpoint)
         processor, model = load(arguments.checkpoint)
     else:
         paths = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -46,7 +46,7 @@ class Limits:
     wait_seconds: NonNegativeFloat = 0.005  # for others to share a forward
     requests: PositiveInt = 256  # arriving, waiting or encoded
     body_bytes: PositiveInt = 16 * 2**20
-    pixels: PositiveInt = 40_000_000  # of an image, before it is decoded
+    pixels: Annotated[PositiveInt, Field(le=178_956_970)] = 40_000_000  # of an image, before Pillow decodes it
     texts: PositiveInt = 2048  # of a request
     characters: PositiveInt = 8192  # of a text, which the tokenizer cuts to what the model reads
     read_seconds: PositiveFloat = 10.0  # for a request to arrive
@@ -99,7 +99,7 @@ async def read(request: Request, limit: int, seconds: float) -> bytes:
 def described(error: ValidationError) -> str:
     if error.error_count() > 16:  # to list a million takes minutes
         return f"This is no request for embeddings: it has {error.error_count()} faults."
-    return "; ".join(f"`{'.'.join(map(str, each['loc']))}`: {each['msg']}" for each in error.errors())
+    return "; ".join(f"`{'.'.join(map(str, each['loc'])) or 'body'}`: {each['msg']}" for each in error.errors())
 
 
 def image_of(url: str) -> bytes:
@@ -143,6 +143,8 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
         return [*texts], [encoder.tokens] * len(texts), encoder.count_tokens(texts), in_base64
 
     def written(vectors: list[torch.Tensor], used: int, in_base64: bool) -> Response:
+        if not all(vector.isfinite().all() for vector in vectors):
+            raise HTTPException(500, "The features are not finite: start the server with --dtype bfloat16 or float32.")
         arrays = [vector.numpy().astype("<f4") for vector in vectors]
         embeddings = [base64.b64encode(array).decode() if in_base64 else array.tolist() for array in arrays]
         data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(embeddings)]
@@ -191,11 +193,13 @@ def create_app(encoder: Encoder, name: str, limits: Limits | None = None) -> Fas
             work = asyncio.ensure_future(answer(body))
             # After the body nothing comes but word that the client has left.
             left = asyncio.ensure_future(request.receive())
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left, app.state.running}, return_when=asyncio.FIRST_COMPLETED)
             left.cancel()
             if work.done():
                 return work.result()
             work.cancel()
+            if app.state.running.done():
+                raise HTTPException(500, "The server encodes nothing any more: start it again.")
             raise HTTPException(*GONE)
         finally:
             busy -= 1

@@ -242,6 +242,7 @@ def test_model_that_is_not_complete(tmp_path, changes, message):
     [
         ({"hidden_size": 64}, "config.json says hidden_size 64, the tensors say 48"),
         ({"vocab_size": 9}, "config.json says vocab_size 9, the tensors say 517"),
+        ({"hidden_act": "swish!"}, "hidden_act 'swish!' of the text encoder is no activation"),
         ({"num_attention_heads": 5}, "num_attention_heads 5 of the text encoder do not divide 48"),
         ({"num_attention_heads": None}, "config.json says no num_attention_heads of the text encoder"),
         ({"eos_token_id": 517}, "eos_token_id 517 of the text encoder is none of its 517 tokens"),
@@ -320,3 +321,12 @@ def test_reference_of_another_kind_or_geometry(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
     assert verify(vision, "--reference", str(source))["passed"]
+
+
+def test_a_projection_dim_that_contradicts_the_tensors(tmp_path):
+    model = reference_image_text_model()
+    config = checkpoints.apple_image_text_config(model) | {"projection_dim": 7}
+    source = checkpoints.save(tmp_path / "in", checkpoints.apple_image_text(model), config)
+    with pytest.raises(ValueError, match="says projection_dim 7, the tensors say 40"):
+        run(parse_arguments([str(source), str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()

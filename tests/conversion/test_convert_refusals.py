@@ -399,6 +399,12 @@ def test_values_too_large_for_the_dtype_are_named(source, capsys):
         (["--verify", "--images", "no such image"], "no such image"),
         (["--dtype", "int8"], "invalid choice"),
         (["--verify-code"], "--verify-code takes a converted SOURCE"),
+        (["--device", "cpu"], "--device needs --verify"),
+        (["--verify", "--device", "meta"], "meta cannot be used here"),
+        (["--verify", "--report", "no such folder/report.json"], "no such folder is no folder"),
+        (["--verify", "--report", "."], ". is a folder"),
+        (["--push-to-hub", "a name/of/nobody"], "Repo id must"),
+        (["--push-to-hub", ""], "Repo id must"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(source, arguments, message, capsys, monkeypatch):
@@ -407,6 +413,60 @@ def test_bad_options_are_refused_before_any_work(source, arguments, message, cap
         parse_arguments([str(source), str(source.parent / "out"), *arguments])
     assert exit_code.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--push-to-hub", "user/name", "--dtype", "bfloat16"], "--dtype is for converting or verifying"),
+        (["--push-to-hub", "user/name", "--max-shard-size", "1GB"], "--max-shard-size is for converting"),
+        (["--verify", "--overwrite"], "--overwrite is for converting"),
+        (["--verify-code", "--prefix", "x"], "--verify-code takes a converted SOURCE"),
+        (["--verify-code", "--dtype", "bfloat16"], "--dtype is for converting or verifying"),
+    ],
+)
+def test_options_that_a_converted_source_would_ignore_are_refused(source, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([str(source), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_images_are_read_before_the_conversion(source, monkeypatch):
+    monkeypatch.setattr("convert_weights.convert", None)
+    with pytest.raises(OSError, match="holds no image"):
+        convert(source, "--verify", "--images", str(source / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted. Nothing is half done: run the same command again."),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            1,
+            "CUDA out of memory. Give --verify fewer or smaller --images",
+        ),
+        (MemoryError(), 1, "not enough memory. Give --verify fewer or smaller --images"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 1, "out: File exists. Choose another place."),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "out"), 1, "out: File name too long. Choose another place."),
+    ],
+)
+def test_what_stops_a_conversion_is_one_line(source, error, code, expected, monkeypatch, capsys):
+    def stopped(*arguments):
+        raise error
+
+    monkeypatch.setattr("conversion.model_repo.write_checkpoint", stopped)
+    monkeypatch.setattr("sys.argv", ["convert_weights.py", str(source), str(source.parent / "out")])
+    assert main() == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert os.listdir(source.parent) == ["in"]
+
+
+def test_a_missing_tensor_of_three_is_named_once(source):
+    change_tensors(source, **{"trunk.blocks.0.attn.qkv.weight": None})
+    with pytest.raises(ValueError, match=r"missing: trunk\.blocks\.0\.attn\.qkv\.weight$"):
+        convert(source)
 
 
 def test_revision_of_a_local_source(source):

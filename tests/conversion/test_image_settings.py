@@ -23,6 +23,7 @@ from convert_weights import parse_arguments, run
 
 
 PHOTOGRAPHS = sorted((REPO / "examples" / "photographs").glob("*.jpg"))
+PACKED = {"image_processor_type": "Aimv2PackingImageProcessor"}
 OTHERS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 2, "rescale_factor": 1 / 128}
 
 
@@ -171,6 +172,13 @@ def test_what_cannot_be_kept_is_said(tmp_path, capsys, processor, config, said):
         ({"image_std": [0.5, 0, 0.5]}, "image_std holds 0"),
         ({"resample": "bicubic"}, "resample holds 'bicubic'"),
         ({"min_pixels": 9999999}, "min_patches 51020 and max_patches 4096 are no limits"),
+        ({"resample": 99}, "`resample` must be"),
+        ({"image_std": [-1.0, 1.0, 1.0]}, "`image_std` must hold positive numbers"),
+        ({"rescale_factor": 0}, "`rescale_factor` must hold positive numbers"),
+        ({"image_mean": [float("nan")] * 3}, "`image_mean` must hold finite numbers"),
+        ({**PACKED, "merge_size": 0}, "`merge_size` must be a positive int"),
+        ({**PACKED, "image_size": 56, "merge_size": 3}, "`image_size` must be None or a positive multiple"),
+        ({**PACKED, "temporal_patch_size": 2}, "`temporal_patch_size` must be 1"),
     ],
 )
 def test_settings_of_no_use_are_refused(tmp_path, changes, message):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`examples/finetune.py`: what it reaches, going on after a kill, and two processes against one."""
 
+import importlib
 import json
 import os
 import re
@@ -120,3 +121,16 @@ def test_two_processes_take_the_same_steps(one_process: tuple[Path, str], tmp_pa
     assert losses(tmp_path) == pytest.approx(losses(one_process[0]), rel=1e-3)
     expected = load_file(one_process[0] / "model.safetensors")
     assert load_file(tmp_path / "model.safetensors").keys() == expected.keys()
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    finetune = importlib.import_module("finetune")
+    start, begun = tmp_path / "initial", {"checkpoint": None, "classes": ["cat", "dog"]}
+    finetune.make_start(start, None, {"num_labels": 2}, begun)
+    finetune.check_start(start, begun)
+    for changed in ({"checkpoint": "other"}, {"classes": ["cat", "tree"]}, {"classes": ["cat", "dog", "tree"]}):
+        with pytest.raises(
+            ValueError, match=f"was begun with something else .{next(iter(changed))} is .*another --output"
+        ):
+            finetune.check_start(start, begun | changed)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -345,3 +346,64 @@ def test_on_a_gpu_graphs_of_small_batches_are_captured_before_the_first_request(
     batching.capture_cuda_graphs(torch.nn.Sequential(on_gpu, torch.nn.Sequential(on_cpu), refused))
     assert set(map(padded_size, on_gpu.captured)) == {padded_size(patches) for patches in range(1, 4097)}
     assert on_cpu.captured == [] and refused.captured == [64]
+
+
+def test_vectors_that_are_not_finite_are_errors_of_their_requests(serve, native_encoder):
+    """JSON has no NaN, and in base64 nobody would see it."""
+    overflowing = native_encoder.prepare(jpeg(1), 10**6)[1]
+
+    class Overflowing(Recorded):
+        def __call__(self, samples: list) -> list:
+            vectors = [vector.clone() for vector in super().__call__(samples)]
+            for sample, vector in zip(samples, vectors, strict=True):
+                if len(sample["pixel_values"]) == overflowing:
+                    vector[0] = float("inf")
+            return vectors
+
+    with serving(serve.create_app(Overflowing(native_encoder), "aimv2")) as port:
+        for fields in ({}, {"encoding_format": "base64"}):
+            status, error = answer(port, json.dumps(image_request(jpeg(1), **fields)).encode())
+            assert (
+                status == 500 and "not finite" in error["error"]["message"] and "--dtype" in error["error"]["message"]
+            )
+        assert answer(port, json.dumps(image_request(jpeg(0))).encode())[0] == 200
+        assert health(port) == {"status": "ok", "requests": 0}
+
+
+def test_where_encoding_has_ended_nobody_waits(serve, encoder, monkeypatch):
+    """Its thread is shut down: what waits gets an error, and so does what comes later."""
+
+    class ShutDown(ThreadPoolExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.shutdown()
+
+    monkeypatch.setattr(importlib.import_module("dynamic_batching"), "ThreadPoolExecutor", ShutDown)
+    with serving(serve.create_app(encoder, "aimv2-lit")) as port:
+        for _ in range(2):
+            status, error = answer(port, TEXT)
+            assert status == 500 and "start it again" in error["error"]["message"]
+        with connect(port) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+            assert read_answer(connection) == (500, {"status": "broken", "requests": 0})
+
+
+def test_threads_count_tokens_at_once(encoder):
+    """And beside them one pads, which changes a setting of its tokenizer."""
+    texts = [[f"a cat {number} " * (1 + number % 7)] * 20 for number in range(40)]
+    expected = [encoder.count_tokens(some) for some in texts]
+    with ThreadPoolExecutor(8) as pool, ThreadPoolExecutor(1) as one:
+        padded = [one.submit(encoder.model.preprocess, [{"text": text} for text in some]) for some in texts]
+        assert list(pool.map(encoder.count_tokens, texts)) == expected
+        assert [int(each.result()["attention_mask"].sum()) for each in padded] == expected
+
+
+def test_a_body_that_is_no_json_is_said_plainly(port):
+    for body in (b"", b"[]", '{"input": "a"}'.encode("utf-16")):
+        status, error = answer(port, body)
+        assert status == 400 and error["error"]["message"].startswith("`body`: ")
+
+
+def test_more_pixels_than_pillow_opens_are_no_limit(serve):
+    with pytest.raises(ValueError, match="pixels"):
+        serve.Limits(pixels=200_000_000)

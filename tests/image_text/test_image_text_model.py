@@ -278,7 +278,13 @@ def test_texts_too_long_are_refused_and_truncated_on_request():
     assert model.get_text_features(**cut).pooler_output.shape == (1, model.config.projection_dim)
 
 
-@pytest.mark.parametrize("input_ids", [[1, 2], torch.ones(3), torch.ones(2, 3), torch.ones(3, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "input_ids",
+    [
+        *([1, 2], torch.ones(3), torch.ones(2, 3), torch.ones(3, dtype=torch.int64)),
+        *(torch.ones(0, 3, dtype=torch.int64), torch.ones(2, 0, dtype=torch.int64)),
+    ],
+)
 def test_what_are_no_tokens_is_refused_before_any_work(input_ids):
     model = image_text_model(reference_image_text_model())
     with pytest.raises(ValueError, match="`input_ids` must be a tensor of integers of shape"):
@@ -292,6 +298,27 @@ def test_mask_of_another_shape_is_refused():
     texts = tokenised()
     with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(4, \d+\), got \(3, "):
         model.get_text_features(texts["input_ids"], texts["attention_mask"][:3])
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, .* got list"):
+        model.get_text_features(texts["input_ids"], texts["attention_mask"].tolist())
+
+
+@pytest.mark.parametrize("name", ["attention_msk", "position_ids", "is_causal", "layout"])
+def test_arguments_that_the_text_encoder_would_ignore_or_misread_are_refused(name):
+    model, texts = image_text_model(reference_image_text_model()), tokenised()
+    with pytest.raises(TypeError, match=f"^`{name}` is not an argument of `get_text_features`"):
+        model.get_text_features(**texts, **{name: False})
+    model.get_text_features(**texts, **{name: None})
+
+
+@torch.no_grad()
+def test_what_is_for_the_vision_tower_leaves_texts_as_they_are():
+    model, texts, inputs = image_text_model(reference_image_text_model()), tokenised(), pack(random_images([(4, 4)]))
+    expected = model(**texts, **inputs).text_embeds
+    layout = packed_layout(inputs["grid_thw"], model.config.vision_config)
+    options = {"layout": layout, "is_causal": False, "num_items_in_batch": 1, "output_hidden_states": True}
+    outputs = model(**texts, **inputs, **options)
+    assert torch.equal(outputs.text_embeds, expected)
+    assert len(outputs.text_model_output.hidden_states) == model.config.text_config.num_hidden_layers + 1
 
 
 def test_configuration():
@@ -347,3 +374,13 @@ def test_images_by_a_layout_alone():
     with torch.inference_mode():
         expected = model.get_image_features(**inputs).pooler_output
         assert torch.equal(model.get_image_features(inputs["hidden_states"], layout=layout).pooler_output, expected)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_the_processor_refuses_what_it_would_leave_out(repo, name):
+    processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"`{name}` must be None"):
+        processor(text="a cat", **{name: [torch.zeros(2, 3, 28, 28)]})
+    with pytest.raises(ValueError, match="`text` must be"):
+        processor(text=[])
+    assert processor(text=[""])["input_ids"] == processor(text=["", "a"])["input_ids"][:1]

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example that finds pictures by words, as a user runs it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import torch
 from image_text_checkpoints import reference_image_text_model, save_image_text_repo, save_vision_repo
 from reference import REPO, reference_model
 from sentence_transformers import SentenceTransformer
+
+from corpus.settings import weights_of
 
 
 PHOTOGRAPHS = REPO / "examples" / "photographs"
@@ -98,3 +101,24 @@ def test_what_cannot_be_searched_is_one_line(repo, tmp_path):
         lines = [line for line in result.stderr.splitlines() if line and "Loading weights" not in line]
         assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
         assert not (tmp_path / "hits.png").exists()
+
+
+def test_features_are_of_the_checkpoint_and_may_be_in_shards(repo, tmp_path, monkeypatch):
+    """Those of another model of the same size would be near to any words."""
+    monkeypatch.syspath_prepend(str(REPO / "examples"))
+    read_features = importlib.import_module("search_by_words").read_features
+    schema = pa.schema({"id": pa.string(), "embedding": pa.list_(pa.float32())})
+    for index in range(2):
+        shard = tmp_path / f"features/shard={index}-of-2"
+        shard.mkdir(parents=True)
+        pq.write_table(pa.table({"id": [f"{index}.png"], "embedding": [[3.0, 4.0]]}, schema), shard / "a.parquet")
+        (shard / ".settings.json").write_text(json.dumps({"pooling": "projection", "weights": weights_of(str(repo))}))
+    paths, vectors = read_features(tmp_path / "features", tmp_path, str(repo))
+    assert sorted(paths) == [tmp_path / "0.png", tmp_path / "1.png"] and torch.allclose(
+        vectors, torch.tensor([0.6, 0.8])
+    )
+    (tmp_path / "features/shard=0-of-2/.settings.json").write_text(
+        json.dumps({"pooling": "projection", "weights": "a"})
+    )
+    with pytest.raises(ValueError, match=f"made by other weights than those of --checkpoint {repo}"):
+        read_features(tmp_path / "features", tmp_path, str(repo))

@@ -145,3 +145,10 @@ def test_vectors_keep_the_order_of_paths_images_and_dictionaries(image_text, tmp
     expected = image_text.encode(images)
     inputs = [tmp_path / "0.tiff", images[1], {"image": tmp_path / "2.tiff"}, str(tmp_path / "3.tiff")]
     np.testing.assert_allclose(image_text.encode(inputs, batch_size=3), expected, atol=1e-6)
+
+
+def test_a_file_url_is_its_image_and_never_a_text(image_text, tmp_path):
+    path = saved(tmp_path, ".png")
+    assert np.array_equal(image_text.encode([path.as_uri()]), image_text.encode([path]))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        image_text.encode([(tmp_path / "missing.png").as_uri()])

@@ -129,13 +129,23 @@ def test_a_patched_class_is_called(packed, inputs, monkeypatch):
     assert outcome(packed, inputs) == "cpu"
 
 
-@pytest.mark.parametrize("name", ["linear", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("name", ["linear", "scaled_dot_product_attention", "rms_norm", "silu"])
 def test_a_replaced_function_is_called(packed, inputs, monkeypatch, name):
     calls = []
     original = getattr(F, name)
     monkeypatch.setattr(F, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     assert outcome(packed, inputs) == "a function of torch.nn.functional has been replaced"
     assert calls
+
+
+def test_replaced_attention_of_the_modeling_file_is_called(packed, inputs, monkeypatch):
+    calls, modeling = [], hub_module("modeling")
+    original = modeling.segment_attention
+    monkeypatch.setattr(
+        modeling, "segment_attention", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    assert outcome(packed, inputs) == "a function of the modeling file has been replaced"
+    assert len(calls) == packed.config.num_hidden_layers
 
 
 class Doubled(nn.SiLU):

@@ -15,12 +15,14 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, pack, packed_layout, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, REPO, hub_module, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import Trainer, TrainingArguments
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -164,10 +166,33 @@ def test_gradients_are_those_without_checkpointing(name, use_reentrant, states_s
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
 
 
-@pytest.mark.parametrize("what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa"])
+def noisy(function):
+    @functools.wraps(function)
+    def with_noise(*args, **kwargs):
+        return add_noise(None, (), function(*args, **kwargs))
+
+    return with_noise
+
+
+# The owner of a function, and its name.
+REPLACED = {
+    "a layer's class, patched": (hub_module("modeling").Aimv2PackingMLP, "forward"),
+    "a class of torch, patched": (nn.RMSNorm, "forward"),
+    "an activation's class, patched": (type(ACT2FN["silu"]), "forward"),
+    "a function of torch, patched": (nn.functional, "linear"),
+    "our attention, patched": (hub_module("modeling"), "segment_attention"),
+}
+
+
+@pytest.mark.parametrize(
+    "what", ["a hook on all modules", "a hook before all modules", "the attention called sdpa", *REPLACED]
+)
 def test_what_draws_for_every_model_counts(what, states_saved, monkeypatch):
     if what == "the attention called sdpa":
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", noisy_attention)
+    if what in REPLACED:
+        owner, name = REPLACED[what]
+        monkeypatch.setattr(owner, name, noisy(getattr(owner, name)))
     reference, inputs = reference_model(torch.float64, num_hidden_layers=LAYERS), pack(random_images(ODD_GRIDS))
     expected, ours = {}, {}
     for found, checkpointing in ((expected, False), (ours, True)):
@@ -280,7 +305,9 @@ class SavedReadTwice(torch.autograd.Function):
 
 
 def saved_tensors_read_twice(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    with patch.object(nn.functional, "silu", lambda states, **_: SavedReadTwice.apply(states)):
+    for layer in model.encoder.layers:
+        layer.ffn.act_fn = nn.Tanh()
+    with patch.object(torch, "tanh", SavedReadTwice.apply):
         return grads_of_some(model, inputs)
 
 
@@ -556,3 +583,28 @@ def test_a_replacement_of_torchs_checkpoint_is_called(monkeypatch, kind):
         layer._gradient_checkpointing_func = functools.partial(replacement, use_reentrant=False)
     packed(**pack(random_images(ODD_GRIDS))).last_hidden_state.sum().backward()
     assert len(calls) == len(packed.encoder.layers)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@pytest.mark.parametrize("how", ["vmap", "jvp", "dual numbers"])
+def test_transforms_go_through_a_checkpointed_forward(how):
+    """As through torch's own checkpoint."""
+    reference, inputs = reference_model(torch.float64), pack(random_images([(3, 4), (2, 2)]))
+    patches, outputs = inputs["hidden_states"].double(), []
+    for checkpointing in (False, True):
+        model = packing_model(reference, attn="eager").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def encode(states, model=model):
+            return model(states, inputs["grid_thw"]).last_hidden_state
+
+        if how == "vmap":
+            outputs.append(torch.func.vmap(encode)(torch.stack([patches, patches.flip(0)])))
+        elif how == "jvp":
+            outputs.append(torch.func.jvp(encode, (patches,), (patches.flip(0),))[1])
+        else:
+            with forward_ad.dual_level():
+                dual = encode(forward_ad.make_dual(patches, patches.flip(0)))
+                outputs.append(forward_ad.unpack_dual(dual).tangent)
+    torch.testing.assert_close(outputs[1], outputs[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import (
     ODD_GRIDS,
+    TINY,
     Aimv2PackingConfig,
     hub_module,
     pack,
@@ -146,6 +147,9 @@ def test_unknown_arguments_are_refused_by_name(model):
         model(**inputs, ouput_hidden_states=True)
     with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
         model(pixel_values=torch.zeros(1, 3, 28, 28))
+    for call in (model.get_image_features, model.get_intermediate_layers):
+        with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
+            call(pixel_values=torch.zeros(1, 3, 28, 28))
     with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`\.$"):
         model(**inputs, image_grid_thw=inputs["grid_thw"])
     with pytest.raises(TypeError, match=r"`image_sizes` is not an argument of `forward`\.$"):
@@ -155,9 +159,30 @@ def test_unknown_arguments_are_refused_by_name(model):
         "attention_mask": None,
         "output_attentions": None,
         "num_items_in_batch": torch.ones(()),
+        "use_cache": True,
+        "is_causal": False,
+        "output_router_logits": False,
     }
     with torch.inference_mode():
         assert torch.equal(model(**inputs, **passed)[0], model(**inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("is_causal", True, None),
+        ("cu_seq_lens_q", torch.tensor([0, 1, 4]), "cu_seqlens"),
+        ("cu_seq_lens_k", torch.tensor([0, 1, 4]), "cu_seqlens"),
+        ("max_length_q", 2, "max_seqlen"),
+        ("max_length_k", 2, "max_seqlen"),
+        ("seq_idx", torch.zeros(1, 4), None),
+        ("output_router_logits", True, None),
+    ],
+)
+def test_arguments_of_transformers_that_would_change_nothing_are_refused(model, name, value, own):
+    hint = rf" Its name here is `{own}`\." if own else ""
+    with pytest.raises(TypeError, match=rf"^`{name}` is not an argument of `forward`\.{hint}$"):
+        model(patches(4), torch.tensor([[1, 2, 2]]), **{name: value})
 
 
 def test_attention_maps_of_other_kernels_than_eager_are_refused(model):
@@ -248,6 +273,81 @@ def test_any_integer_dtype_and_any_strides(model, dtype):
         assert not strided.is_contiguous()
         ours = model(strided, inputs["grid_thw"].to(dtype).T.contiguous().T).last_hidden_state
     assert (ours - expected).abs().max() < 1e-5
+
+
+SMALL_INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", SMALL_INTEGERS)
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_what_was_computed_before_may_be_of_any_integer_dtype(is_native, plain, dtype):
+    model, inputs = packing_model(reference_model(is_native=is_native), plain=plain), pack(random_images([(3, 4)] * 2))
+    layout = with_positions(packed_layout(inputs["grid_thw"], model.config), model.config)
+    narrow = {name: x.to(dtype) for name, x in layout.tensors().items() if not x.is_floating_point()}
+    given = {name: narrow.get(name, x) for name, x in layout.tensors().items() if name != "frame_sizes"}
+    with torch.inference_mode():
+        expected = model.get_image_features(**inputs).pooler_output
+        for ours in (given, {"layout": dataclasses.replace(layout, **narrow)}):
+            features = model.get_image_features(inputs["hidden_states"], **ours).pooler_output
+            assert (features - expected).abs().max() < 1e-5
+
+
+def test_a_longest_segment_given_alone_is_compared(model):
+    inputs = pack(random_images([(2, 3), (1, 2)]))
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, max_seqlen=6)[0], model(**inputs)[0])
+    with pytest.raises(ValueError, match="`max_seqlen` must be at least the longest segment, 6 patches, got 2"):
+        model(**inputs, max_seqlen=2)
+
+
+@pytest.mark.parametrize("max_seqlen", ["6", 6.5, torch.tensor(6.0), [6]])
+def test_a_longest_segment_that_is_no_integer_is_refused(model, max_seqlen):
+    inputs = pack(random_images([(2, 3), (1, 2)]))
+    layout = dataclasses.replace(packed_layout(inputs["grid_thw"], model.config), max_seqlen=max_seqlen)
+    for given in ({}, {"cu_seqlens": torch.tensor([0, 6, 8])}):
+        with pytest.raises(ValueError, match="`max_seqlen` must be an int, got "):
+            model(**inputs, **given, max_seqlen=max_seqlen)
+    with pytest.raises(ValueError, match="`max_seqlen` must be an int, got "):
+        model(inputs["hidden_states"], layout=layout)
+
+
+def test_a_layout_with_boundaries_that_are_no_integers_is_refused(model):
+    layout = packed_layout(torch.tensor([[1, 2, 3]]), model.config)
+    layout = dataclasses.replace(layout, cu_seqlens=layout.cu_seqlens.half())
+    with pytest.raises(ValueError, match=r"`layout\.cu_seqlens` must be .* of integers, got torch\.float16"):
+        model(patches(6), layout=layout)
+
+
+@pytest.mark.parametrize("image_size", [28, 112])
+def test_positions_of_another_size_are_refused(image_size):
+    """The indices of few positions are valid among many."""
+    model, inputs = packing_model(reference_model(is_native=False)), pack(random_images([(2, 3)]))
+    other = Aimv2PackingConfig(**{**TINY, "is_native": False, "image_size": image_size})
+    layout = with_positions(packed_layout(inputs["grid_thw"], other), other)
+    side = image_size // 14
+    with pytest.raises(ValueError, match=rf"`layout` must .* grid of {side} x {side}, the model has 4 x 4"):
+        model(inputs["hidden_states"], layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("made", "changed"),
+    [
+        ({"is_native": False}, {"image_size": 28}),
+        ({"is_native": False}, {"image_size": 112}),
+        ({"is_native": False}, {"is_native": True}),
+        ({"is_native": True}, {"is_native": False}),
+        ({"use_head": False}, {"use_head": True}),
+    ],
+)
+def test_a_configuration_that_needs_other_weights_is_refused(made, changed):
+    """Set after the model was made, it would be read with the weights that are there."""
+    model, inputs = packing_model(reference_model(**made)), pack(random_images([(2, 3)]))
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    for call in (model, model.get_image_features, model.get_intermediate_layers):
+        with pytest.raises(ValueError, match=f"`{next(iter(changed))}`.* of `config` must be"):
+            call(**inputs)
 
 
 @pytest.mark.parametrize("is_native", [True, False])
@@ -469,6 +569,27 @@ def test_indices_may_be_numpys_or_torchs(model, index):
         assert len(model.get_intermediate_layers(**inputs, n=index)) == 1
 
 
+@pytest.mark.parametrize("index", [1.0, [0.5], "1", ["1"], np.True_, torch.tensor([0.0]), [None]])
+def test_indices_that_are_no_integers_are_refused(model, index):
+    inputs = pack(random_images([(2, 2)]))
+    with pytest.raises(ValueError, match="`n` must be an int or a sequence of ints, got "):
+        model.get_intermediate_layers(**inputs, n=index)
+    with pytest.raises(ValueError, match="`output_hidden_states` must be an int or a sequence of ints, got "):
+        model(**inputs, output_hidden_states=index)
+
+
+def test_maps_have_the_sides_of_the_layout(model):
+    inputs = pack(random_images([(2, 6), (3, 1)]))
+    layout, of_other_sides = packed_layout(inputs["grid_thw"], model.config), torch.tensor([[1, 3, 5]])
+    expected = model.get_intermediate_layers(**inputs, reshape=True)[0]
+    for grid_thw in (None, of_other_sides):
+        (maps,) = model.get_intermediate_layers(inputs["hidden_states"], grid_thw, reshape=True, layout=layout)
+        assert [tuple(each.shape[:3]) for each in maps] == [(1, 2, 6), (1, 3, 1)]
+        assert all(map(torch.equal, maps, expected))
+    with pytest.raises(ValueError, match=r"`layout` must be a PackedLayout, .* got dict"):
+        model.get_intermediate_layers(**inputs, reshape=True, layout=vars(layout))
+
+
 @pytest.mark.parametrize("grid_thw", [[[1, 2, 2]], torch.ones(1, 2), torch.tensor([[1, -2, -2]])])
 def test_maps_of_bad_grids_are_refused(grid_thw):
     with pytest.raises(ValueError, match="`grid_thw` must "):
@@ -478,6 +599,7 @@ def test_maps_of_bad_grids_are_refused(grid_thw):
 def test_maps_need_grids_where_tokens_need_none(model):
     inputs = pack(random_images([(2, 3), (3, 1)]))
     hidden_states, layout = inputs["hidden_states"], packed_layout(inputs["grid_thw"], model.config)
+    layout = dataclasses.replace(with_positions(layout, model.config), grids=None)
     with torch.inference_mode():
         (ours,) = model.get_intermediate_layers(hidden_states, layout=layout)
         assert torch.equal(ours, *model.get_intermediate_layers(**inputs))

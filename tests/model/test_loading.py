@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from reference import REPO, TINY, Aimv2PackingModel, pack, packing_model, random_images, reference_model
 from safetensors.torch import load_file, save_file
 from scaling import make_model_repo
@@ -172,3 +173,20 @@ def test_modules_that_must_stay_whole_are_in_the_model(use_head):
     names = {type(module).__name__ for module in model.modules()}
     assert set(model._no_split_modules) <= names
     assert ("Aimv2PackingAttentionPoolingHead" in model._no_split_modules) is use_head
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", -1),
+        ("rms_norm_eps", -1.0),
+        ("attention_dropout", 1.5),
+        ("num_attention_heads", 3),
+        ("hidden_act", "snake"),
+    ],
+)
+def test_fields_given_to_from_pretrained_are_validated(tmp_path, field, value):
+    """transformers sets them on a configuration that is made already."""
+    packing_model(reference_model()).save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=field):
+        Aimv2PackingModel.from_pretrained(tmp_path, **{field: value})
