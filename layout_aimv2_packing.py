@@ -408,6 +408,12 @@ def kind_of(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
+def wants_attentions(kwargs: dict[str, Any], config: Aimv2PackingConfig) -> bool:
+    """Whether a forward returns attention maps: what the call says, or where it says nothing, the configuration."""
+    asked = kwargs.get("output_attentions")
+    return bool(config.output_attentions if asked is None else asked)
+
+
 def as_indices(name: str, given: Any) -> list[int]:
     """
     Raises:
@@ -432,7 +438,7 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`pixel_values` is for `Aimv2VisionModel`: give packed patches, `hidden_states` and `grid_thw`, which the "
             "image processor of this repo returns (`AutoProcessor.from_pretrained`)."
         )
-    if (kwargs.get("output_attentions") or config.output_attentions) and config._attn_implementation != "eager":
+    if wants_attentions(kwargs, config) and config._attn_implementation != "eager":
         raise ValueError(
             "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
             f"{config._attn_implementation!r}."

@@ -49,6 +49,7 @@ from .layout_aimv2_packing import (
     unpack_features,
     validate_hidden_states,
     validate_keyword_arguments,
+    wants_attentions,
     with_positions,
     with_runs,
     zero_if_of_one_length,
@@ -58,7 +59,7 @@ from .layout_aimv2_packing import (
 # Attention
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
     """Attention written out, on `(batch, heads, length, head_dim)`; the softmax is in float32."""
     scores = (query @ key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -658,7 +659,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
             The states of `depths`, before the final norm, and the features or `None`; each `(total_patches,
             hidden_size)`.
         """
-        layout = with_positions(layout.to(hidden_states.device, non_blocking=True), self.config)
+        layout = layout.to(hidden_states.device, non_blocking=True)
         embedded = self.embeddings(hidden_states, layout)
         output = self.encoder(embedded, layout, depths, last, attentions)
         return output.hidden_states, self.rms_norm(output.last_hidden_state) if last else None
@@ -674,7 +675,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         if layout.runs is None and not self._reads_cu_seqlens(hidden_states.device):
             if not is_traced():
                 return hidden_states, with_runs(layout, hidden_states.shape[0])
-            if kwargs.get("output_attentions") or self.config.output_attentions:
+            if wants_attentions(kwargs, self.config):
                 raise ValueError(
                     "`output_attentions` needs the lengths of the segments, which a program for any mix does not know."
                 )
@@ -814,7 +815,7 @@ class Aimv2PackingModel(Aimv2PackingPreTrainedModel):
         hidden_states, layout = self._prepare(hidden_states, grid_thw, layout, kwargs)
         chosen = kwargs.get("output_hidden_states")
         depths = self._depths(self.config.output_hidden_states if chosen is None else chosen)
-        maps: list | None = [] if kwargs.get("output_attentions") or self.config.output_attentions else None
+        maps: list | None = [] if wants_attentions(kwargs, self.config) else None
         states, last_hidden_state = self.encode(hidden_states, layout, depths, attentions=maps)
         pooled = None
         if self.config.use_head:

@@ -3,14 +3,31 @@
 """Which kernel attention reaches, and with what; the flash-attention contract on a reference kernel."""
 
 import ast
+import dataclasses
 import inspect
 import sys
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import ODD_GRIDS, REPO, hub_module, pack, packing_model, random_images, reference_model
+from reference import (
+    ODD_GRIDS,
+    REPO,
+    Aimv2PackingConfig,
+    hub_module,
+    pack,
+    packed_layout,
+    packing_model,
+    random_images,
+    reference_model,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.aimv2 import modeling_aimv2
 
 
 def flash_attn_varlen_func(
@@ -112,6 +129,102 @@ def test_more_segments_than_a_cuda_grid_holds_go_in_several_calls(flash_kernel, 
     assert (ours.pooler_output - expected.pooler_output).abs().max() < 1e-5
 
 
+def test_torchs_varlen_kernel_gets_what_it_can_take(monkeypatch):
+    """Segments of any lengths, but no dropout, which it is not told of, and where another kernel was asked for none."""
+    reference = reference_model(use_head=True)
+    mixed, alike = pack(random_images(ODD_GRIDS)), pack(random_images([(3, 4), (2, 6), (4, 3)]))
+    with torch.inference_mode():
+        expected = [packing_model(reference, plain=True)(**inputs) for inputs in (mixed, alike)]
+    asked, calls = [], []
+
+    def has_varlen_kernel(device, dtype, head_dim):
+        asked.append((device.type, dtype, head_dim))
+        return True
+
+    def varlen_attention(query, *args):
+        calls.append(len(query))
+        return flash_attn_varlen_func(query, *args, softmax_scale=query.shape[-1] ** -0.5)
+
+    modeling = hub_module("modeling")
+    monkeypatch.setattr(modeling, "has_varlen_kernel", has_varlen_kernel)
+    monkeypatch.setattr(modeling, "varlen_attention", varlen_attention)
+    packed = packing_model(reference, plain=True, attention_dropout=0.5)
+    with torch.inference_mode():
+        for inputs, theirs in zip((mixed, alike), expected, strict=True):
+            ours = packed(**inputs)
+            assert (ours.last_hidden_state - theirs.last_hidden_state).abs().max() < 1e-5
+            assert (ours.pooler_output - theirs.pooler_output).abs().max() < 1e-5
+        assert calls[:3] == [217, 217, 10]
+        layout = dataclasses.replace(packed_layout(mixed["grid_thw"], packed.config), runs=None)
+        ours = packed(mixed["hidden_states"], layout=layout)
+        assert (ours.last_hidden_state - expected[0].last_hidden_state).abs().max() < 1e-5
+        calls.clear()
+        assert not torch.equal(packed.train()(**mixed).last_hidden_state, packed(**mixed).last_hidden_state)
+        packed.eval().set_attn_implementation("eager")
+        packed(**mixed)
+    assert not calls
+    assert set(asked) == {("cpu", torch.float32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, (9, 0), True),
+        ("cuda", torch.float16, 256, (8, 0), True),
+        ("cuda", torch.float16, 8, (8, 6), True),
+        ("cuda", torch.float32, 128, (9, 0), False),
+        ("cuda", torch.bfloat16, 60, (9, 0), False),
+        ("cuda", torch.bfloat16, 264, (9, 0), False),
+        ("cuda", torch.bfloat16, 128, (7, 5), False),
+        ("cpu", torch.bfloat16, 128, (9, 0), False),
+    ],
+)
+def test_torchs_varlen_kernel_has_limits(device, dtype, head_dim, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_varlen_kernel = hub_module("modeling").has_varlen_kernel
+    assert has_varlen_kernel(torch.device(device), dtype, head_dim) is expected
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not has_varlen_kernel(torch.device(device), dtype, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "segments", "expected"), [(True, 65535, False), (True, 65536, True), (False, 65536, False)]
+)
+def test_a_cuda_grid_holds_65535_segments(is_cuda, segments, expected):
+    layout = packed_layout(torch.tensor([[1, 1, 1]]), Aimv2PackingConfig())
+    layout = dataclasses.replace(layout, cu_seqlens=torch.arange(segments + 1, dtype=torch.int32))
+    in_several_calls, query = hub_module("modeling").in_several_calls, SimpleNamespace(is_cuda=is_cuda)
+    assert in_several_calls(query, layout) is expected
+    assert not in_several_calls(query, dataclasses.replace(layout, runs=None)), "a program for any mix"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eager_attention_is_that_of_transformers(dtype):
+    """With its softmax in float32, whatever the dtype of the model."""
+    states = torch.randn(3, 5, 2, 70, 32).mul(2).to(dtype)
+    caller, options = torch.nn.Module().eval(), {"attention_mask": None, "scaling": 32**-0.5, "dropout": 0.0}
+    ours = hub_module("modeling").eager_attention_forward(caller, *states, **options)
+    theirs = modeling_aimv2.eager_attention_forward(caller, *states, **options)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_attention_of_ones_own_gets_what_transformers_models_give(monkeypatch):
+    given = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        given.append((module.is_causal, attention_mask, kwargs))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", attention)
+    packed, inputs = packing_model(reference_model(use_head=True)), pack(random_images([(2, 3)]))
+    with torch.inference_mode():
+        expected = packed(**inputs).pooler_output
+        packed.set_attn_implementation("mine")
+        torch.testing.assert_close(packed(**inputs).pooler_output, expected)
+    options = {"scaling": 32**-0.5, "dropout": 0.0, "is_causal": False}
+    assert given == [(False, None, options)] * (packed.config.num_hidden_layers + 1)
+
+
 def test_attention_can_be_set_later():
     packed = packing_model(reference_model())
     packed.set_attn_implementation("eager")
@@ -119,6 +232,9 @@ def test_attention_can_be_set_later():
     assert packed.is_backend_compatible()
     with pytest.raises(ValueError, match="telepathy"):
         packed.set_attn_implementation("telepathy")
+    with suppress(ImportError):
+        # Not installed, perhaps; that the model has none would be a ValueError.
+        packed.set_attn_implementation("flash_attention_2")
 
 
 def test_memory_grows_with_the_patches_not_with_their_square():

@@ -10,14 +10,15 @@ import gc
 import importlib
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from reference import ODD_GRIDS, REPO, hub_module, pack, packed_layout, packing_model, random_images, reference_model
 from torch import nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import checkpoint as torch_checkpoint
 from transformers import Trainer, TrainingArguments
@@ -56,6 +57,13 @@ def add_noise(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torc
 # As of a function that was made by `exec`.
 add_noise_from_nowhere = functools.partial(add_noise)
 setattr(add_noise_from_nowhere, "__module__", None)  # noqa: B010
+
+
+def hook_of_fsdp(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+    """As its own, which move weights."""
+
+
+hook_of_fsdp.__module__ = "torch.distributed.fsdp._runtime_utils"
 
 
 def add_noise_to_linear(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -116,6 +124,7 @@ CASES = {
     ),
     "attention dropout": ({"attention_dropout": 0.5}, None, True),
     "LoRA with dropout": ({}, functools.partial(with_lora, lora_dropout=0.5), True),
+    "dropout of nothing put in": ({}, every_layer(lambda layer: setattr(layer, "rms_norm2", nn.Dropout(0.0))), False),
     "dropout put in": ({}, every_layer(lambda layer: setattr(layer, "rms_norm2", nn.Dropout(0.5))), True),
     "a module of one's own": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", NoisySiLU())), True),
     "a module of torch that draws": ({}, every_layer(lambda layer: setattr(layer.ffn, "act_fn", nn.RReLU())), True),
@@ -125,6 +134,7 @@ CASES = {
         every_layer(lambda layer: layer.ffn.register_forward_hook(add_noise_from_nowhere)),
         True,
     ),
+    "a hook of FSDP": ({}, every_layer(lambda layer: layer.ffn.register_forward_hook(hook_of_fsdp)), False),
     "a forward of one's own": ({}, every_layer(patch_forward), True),
     "attention of one's own": ({}, lambda model: model.set_attn_implementation("noisy") or model, True),
 }
@@ -280,6 +290,27 @@ def hooks_of_weights(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[
     return [parameter.grad for parameter in model.parameters()]
 
 
+class SavedReadTwice(torch.autograd.Function):
+    """The sine, whose backward pass unpacks what was saved once more."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(states)
+        return states.sin()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (first,), (second,) = ctx.saved_tensors, ctx.saved_tensors
+        return grad * (first + second).mul(0.5).cos()
+
+
+def saved_tensors_read_twice(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    for layer in model.encoder.layers:
+        layer.ffn.act_fn = nn.Tanh()
+    with patch.object(torch, "tanh", SavedReadTwice.apply):
+        return grads_of_some(model, inputs)
+
+
 def in_a_larger_checkpoint(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     torch_checkpoint.checkpoint(loss_of, model, inputs, use_reentrant=False).backward()
     return [parameter.grad for parameter in model.parameters()]
@@ -293,7 +324,7 @@ def offloaded(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.T
 
 
 def without_gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), disable_saved_tensors_hooks("As in transforms of torch.func."):
         return [loss_of(model, inputs)]
 
 
@@ -321,6 +352,7 @@ USES = [
     frozen,
     one_layer_twice,
     hooks_of_weights,
+    saved_tensors_read_twice,
 ]
 USES += [in_a_larger_checkpoint, offloaded, without_gradients, in_debug_mode, without_early_stop]
 
@@ -351,6 +383,15 @@ def test_the_second_forward_runs_under_the_autocast_of_the_first(backward_inside
         assert torch.equal(own, other)
 
 
+def test_gradients_on_the_meta_device_have_shapes():
+    """Where there is no autocast to repeat."""
+    _, model = small_models()
+    hidden_states, grid_thw = pack(random_images(ODD_GRIDS)).values()
+    model.to("meta")
+    loss_of(model, {"hidden_states": hidden_states.to("meta"), "grid_thw": grid_thw}).backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
 def test_what_is_saved_is_what_torch_saves():
     """Through the hooks of the caller, as seen by them."""
     inputs = pack(random_images(ODD_GRIDS))
@@ -374,15 +415,23 @@ OF_TORCH = [
 ]
 
 
-@pytest.mark.parametrize("arguments", [{}, *OF_TORCH])
-def test_torchs_own_runs_where_it_is_asked_for_something(arguments, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "context"),
+    [
+        ({}, nullcontext),
+        *((arguments, nullcontext) for arguments in OF_TORCH),
+        ({}, functools.partial(torch_checkpoint.set_checkpoint_early_stop, False)),
+    ],
+)
+def test_torchs_own_runs_where_it_is_asked_for_something(arguments, context, monkeypatch):
     _, model = small_models()
     model.gradient_checkpointing_enable({"use_reentrant": False, **arguments})
     model.enable_input_require_grads()
     called, of_torch = [], torch_checkpoint._infer_device_type
     monkeypatch.setattr(torch_checkpoint, "_infer_device_type", lambda *args: called.append(1) or of_torch(*args))
-    loss_of(model, pack(random_images(ODD_GRIDS))).backward()
-    assert len(called) == (LAYERS if arguments else 0)
+    with context():
+        loss_of(model, pack(random_images(ODD_GRIDS))).backward()
+    assert len(called) == (LAYERS if arguments or context is not nullcontext else 0)
 
 
 @pytest.mark.parametrize("backward", [None, "all", "a part"])
@@ -414,10 +463,14 @@ def test_a_layer_that_was_changed_before_the_backward_pass_is_an_error():
         loss.backward()
 
 
-def test_a_layer_that_saves_less_in_the_backward_pass_is_an_error():
+@pytest.mark.parametrize("at_its_end", [False, True])
+def test_a_layer_that_saves_less_in_the_backward_pass_is_an_error(at_its_end):
     _, model = small_models()
     loss = loss_of(model, pack(random_images(ODD_GRIDS)))
-    model.encoder.layers[1].ffn.act_fn = nn.Identity()
+    if at_its_end:
+        model.encoder.layers[1].ffn.forward = torch.zeros_like
+    else:
+        model.encoder.layers[1].ffn.act_fn = nn.Identity()
     with pytest.raises(torch_checkpoint.CheckpointError, match="was changed in between"):
         loss.backward()
 
@@ -439,7 +492,7 @@ def test_compiled_layers_can_be_checkpointed():
     packed = packing_model(reference)
     packed.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in packed.encoder.layers:
-        layer.compile(backend="aot_eager")
+        layer.compile(backend="aot_eager", fullgraph=True)
     ours = gradients(packed, inputs)
     for parameter, gradient in expected.items():
         assert (ours[parameter] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), parameter
@@ -511,16 +564,18 @@ def test_backward_passes_of_one_graph_may_run_at_once():
                 torch.testing.assert_close(once, theirs)
 
 
-@pytest.mark.parametrize("wraps", [False, True])
-def test_a_replacement_of_torchs_checkpoint_is_called(monkeypatch, wraps):
+@pytest.mark.parametrize("kind", ["a function", "a wrapper", "an object"])
+def test_a_replacement_of_torchs_checkpoint_is_called(monkeypatch, kind):
     calls, original = [], torch_checkpoint.checkpoint
 
     def replacement(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs)
 
-    if wraps:
+    if kind == "a wrapper":
         functools.update_wrapper(replacement, original)
+    if kind == "an object":
+        replacement = Mock(side_effect=replacement)
     monkeypatch.setattr(torch_checkpoint, "checkpoint", replacement)
     packed = packing_model(reference_model(), plain=True).train()
     for layer in packed.encoder.layers:

@@ -44,6 +44,19 @@ def test_a_new_classifier_trains_saves_and_loads(use_head, tmp_path):
     assert again.vision_model.last_engine == "cpu"
 
 
+def test_states_and_maps_are_those_of_the_tower(tmp_path):
+    repo = make_model_repo(tmp_path / "eager")
+    model = AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=True, attn_implementation="eager")
+    inputs, asked = pack(random_images([(2, 3), (1, 2)])), {"output_hidden_states": True, "output_attentions": True}
+    with torch.inference_mode():
+        outputs, expected = model.eval()(**inputs, **asked), model.vision_model(**inputs, **asked)
+        model.config.return_dict = False
+        (logits,) = model(**inputs)
+    torch.testing.assert_close(logits, outputs.logits)
+    for ours, theirs in ((outputs.hidden_states, expected.hidden_states), (outputs.attentions, expected.attentions)):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_an_encoder_that_lacks_weights_is_refused(tmp_path):
     repo = make_model_repo(tmp_path / "incomplete")
     weights = load_file(repo / "model.safetensors")

@@ -296,7 +296,7 @@ def test_the_whole_model_compiles_at_most_twice_where_a_varlen_kernel_is(monkeyp
 def test_values_computed_before_compile_into_one_graph_where_a_varlen_kernel_is(monkeypatch):
     packed = packing_model(reference_model(), plain=True)
     modeling = hub_module("modeling")
-    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: True)
+    monkeypatch.setattr(modeling, "has_varlen_kernel", lambda device, dtype, head_dim: head_dim == 32)
     monkeypatch.setattr(modeling, "varlen_attention", lambda q, k, v, cu_q, cu_k, max_q, max_k: q + k * cu_q[-1] + v)
     compiled = torch.compile(packed, backend="eager", fullgraph=True)
     given = values_of(packed, MIXED)

@@ -216,6 +216,19 @@ def test_attention_maps_are_those_of_the_original_image_by_image():
             assert (weights - theirs[image][layer][0]).abs().max() < 1e-5
 
 
+def test_attention_maps_are_asked_for_by_the_configuration_too():
+    """And what a call says of them goes before it, as in transformers."""
+    packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images([(2, 3), (1, 2)]))
+    with torch.inference_mode():
+        expected = packed(**inputs, output_attentions=True).attentions
+        packed.config.output_attentions = True
+        for given in ({}, {"output_attentions": None}):
+            torch.testing.assert_close(packed(**inputs, **given).attentions, expected, rtol=0, atol=0)
+        assert packed(**inputs, output_attentions=False).attentions is None
+        packed.config._attn_implementation = "sdpa"
+        assert packed(**inputs, output_attentions=False).attentions is None
+
+
 def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
     packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
     with torch.inference_mode():
@@ -231,14 +244,20 @@ def test_attention_maps_of_a_batch_in_several_calls(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_attention_maps_of_a_program_for_any_mix_are_refused():
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+@pytest.mark.parametrize("asked_by_configuration", [False, True])
+def test_attention_maps_of_a_program_for_any_mix_are_refused(asked_by_configuration, on_a_gpu, monkeypatch):
     """It does not know how many segments there are."""
+    monkeypatch.setattr(hub_module("modeling"), "has_varlen_kernel", lambda *_: on_a_gpu)
     packed, inputs = packing_model(reference_model(), attn="eager"), pack(random_images(ODD_GRIDS))
     layout = with_positions(packed_layout(inputs["grid_thw"], packed.config), packed.config)
 
+    packed.config.output_attentions = asked_by_configuration
+
     class Maps(torch.nn.Module):
         def forward(self, hidden_states, cu_seqlens, position_ids):
-            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids, "output_attentions": True}
+            given = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+            given |= {} if asked_by_configuration else {"output_attentions": True}
             return packed(hidden_states, **given).attentions[0]
 
     values = (inputs["hidden_states"], layout.cu_seqlens, layout.position_ids)
@@ -548,11 +567,13 @@ def test_intermediate_layers_are_those_of_the_original(plain):
     with torch.inference_mode():
         theirs = [reference(image[None], output_hidden_states=True).hidden_states for image in images]
         expected = [torch.cat([states[depth][0] for states in theirs]) for depth in range(5)]
-        for n, depths in ((1, [4]), (3, [2, 3, 4]), ([2, 0, -1], [3, 1, 4]), ([-2], [3])):
+        for n, depths in ((1, [4]), (3, [2, 3, 4]), (4, [1, 2, 3, 4]), ([2, 0, -1], [3, 1, 4]), ([-2], [3])):
             for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n, norm=False), depths, strict=True):
                 assert (ours - expected[depth]).abs().max() < 1e-5
             for ours, depth in zip(packed.get_intermediate_layers(**inputs, n=n), depths, strict=True):
                 assert (ours - reference.rms_norm(expected[depth])).abs().max() < 1e-5
+        (last,) = packed.get_intermediate_layers(**inputs)
+        assert (last - reference.rms_norm(expected[4])).abs().max() < 1e-5
         (maps,) = packed.get_intermediate_layers(**inputs, n=[1], reshape=True, norm=False)
         assert [tuple(image.shape) for image in maps] == [(1, 3, 5, 64), (1, 2, 2, 64)]
         assert (torch.cat([image.flatten(0, 2) for image in maps]) - expected[2]).abs().max() < 1e-5
@@ -601,6 +622,17 @@ def test_maps_have_the_sides_of_the_layout(model):
 def test_maps_of_bad_grids_are_refused(grid_thw):
     with pytest.raises(ValueError, match="`grid_thw` must "):
         unpack_features(torch.zeros(4, 8), grid_thw)
+
+
+def test_maps_need_grids_where_tokens_need_none(model):
+    inputs = pack(random_images([(2, 3), (3, 1)]))
+    hidden_states, layout = inputs["hidden_states"], packed_layout(inputs["grid_thw"], model.config)
+    layout = dataclasses.replace(with_positions(layout, model.config), grids=None)
+    with torch.inference_mode():
+        (ours,) = model.get_intermediate_layers(hidden_states, layout=layout)
+        assert torch.equal(ours, *model.get_intermediate_layers(**inputs))
+    with pytest.raises(ValueError, match="`grid_thw` must be given with `reshape`"):
+        model.get_intermediate_layers(hidden_states, layout=layout, reshape=True)
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "return_dict"])

@@ -101,8 +101,9 @@ def test_a_new_head_is_put_on_through_auto_model(tmp_path):
     assert model.head.output_proj.weight.shape == (64, 64)
 
 
-def test_another_layout_is_an_error_that_names_the_converter(tmp_path):
-    reference_model().save_pretrained(tmp_path)
+@pytest.mark.parametrize("use_head", [False, True])
+def test_another_layout_is_an_error_that_names_the_converter(tmp_path, use_head):
+    reference_model(use_head=use_head).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({f"trunk.{name}": value for name, value in weights.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"convert_weights\.py"):
@@ -149,6 +150,7 @@ def test_fresh_weights_follow_the_original_initialisation():
             assert not value.any(), name
         else:
             assert abs(value.std().item() - 0.02) < 0.003, name
+            assert abs(value.mean().item()) < 0.01, name
 
 
 def test_no_buffers():
