@@ -288,13 +288,17 @@ def is_list(value: Any) -> bool:
 
 def is_video(value: Any) -> bool:
     """Whether this element of a list is a video rather than a frame."""
-    return isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4)
+    return is_list(value) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4)
 
 
 def frames_alone(video: Any) -> Any:
-    """The frames of the pair of frames and metadata that `load_video` returns; anything else as it is."""
-    is_pair = isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Mapping)
-    return video[0] if is_pair else video
+    """The frames of the pair of frames and metadata that `load_video` returns, or of a decoder; else what is given."""
+    if isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Mapping):
+        return frames_alone(video[0])
+    is_decoder = hasattr(type(video), "__getitem__") and hasattr(type(video), "__len__")
+    if not is_decoder or isinstance(video, (np.ndarray, torch.Tensor, Sequence, Mapping)):
+        return video
+    return [video[index] for index in range(len(video))]
 
 
 def collated(rows: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
@@ -517,7 +521,7 @@ class PackedBatchesMixin:
             videos: One video or a list of them. A video is a list of frames, each whatever this processor takes for an
                 image, or an array of shape `(t, channels, height, width)` or `(t, height, width, channels)`, or the
                 pair of frames and metadata that [`~transformers.video_utils.load_video`] decodes from a file
-                (`pip install av`).
+                (`pip install av`), or a decoder with `len(video)` and `video[index]`, as torchcodec's.
             return_tensors (`str`, *optional*): As for images.
             kwargs: As for images; `max_patches` holds for a frame.
 
@@ -534,6 +538,7 @@ class PackedBatchesMixin:
                 "`frames, _ = transformers.video_utils.load_video(path, num_frames=16, backend='pyav')`."
             )
         videos = frames_alone(videos)
+        videos = [frames_alone(video) for video in videos] if is_list(videos) else videos
         if isinstance(videos, (np.ndarray, torch.Tensor)):
             if videos.ndim not in (4, 5):
                 raise ValueError(
@@ -547,7 +552,7 @@ class PackedBatchesMixin:
             videos = [videos]
         elif not all(is_video(video) for video in videos):
             raise ValueError("`videos` must be frames or videos, got a list of both.")
-        videos = [flat_list(frames_alone(video)) for video in videos]
+        videos = [flat_list(video) for video in videos]
         lengths = [len(video) for video in videos]
         for index, length in enumerate(lengths):
             if not length:

@@ -258,8 +258,8 @@ def main() -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error) or "not enough memory"
         print(
-            f"error: {printable_lines(reason)}. Give --verify fewer or smaller --images, another --device or a smaller "
-            "--dtype.",
+            f"error: {printable_lines(reason)}. Less is needed with a smaller --dtype, and by --verify with fewer or "
+            "smaller --images or another --device.",
             file=sys.stderr,
         )
         return 1

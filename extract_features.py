@@ -122,7 +122,7 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, (OSError, ValueError, RuntimeError)) and not is_of_store(error):
             raise
-        step = "check the credentials and the connection" if is_of_store(error) else next_step(error)
+        step = "check the URL, the credentials and the connection" if is_of_store(error) else next_step(error)
         message = printable_lines(without_credentials(" ".join(str(error).split())))
         sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 

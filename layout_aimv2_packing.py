@@ -444,14 +444,15 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             f"{config._attn_implementation!r}."
         )
     known = {*VISION_UTILS_NAMES, "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"}
+    # What `collate` tells its caller.
+    known.add("num_images_per_sample")
     for name, value in kwargs.items():
         # Of a switch that others have, off changes nothing.
         off = value is None or (value is False and name in TransformersKwargs.__annotations__)
         if not off and name not in known:
             own = "grid_thw" if name.endswith("_grid_thw") else NAMES_HERE.get(name)
-            raise TypeError(
-                f"`{name}` is not an argument of `forward`." + (f" Its name here is `{own}`." if own else "")
-            )
+            hint = f" Its name here is `{own}`; leave out what is of a text." if own else ""
+            raise TypeError(f"`{name}` is not an argument of `forward`.{hint}")
 
 
 def validate_hidden_states(hidden_states: Any, config: Aimv2PackingConfig) -> None:

@@ -871,7 +871,7 @@ class Aimv2PackingForImageClassification(Aimv2PackingPreTrainedModel):
                 shape `(num_segments, num_labels)` are targets.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 Labels of all batches of a step, as Trainer counts them: the loss is then the part of these images in
-                the mean over all. By default it is the mean over these.
+                the mean over all. By default it is the mean over these. A `loss_function` of one's own gets it, too.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`]: `logits` of shape `(num_segments, num_labels)`,

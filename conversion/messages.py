@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 NEXT_STEPS = {
-    **dict.fromkeys((errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR), "choose another place"),
+    **dict.fromkeys((errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR), "choose another folder"),
     errno.EACCES: "ask for the right to it, or choose another place",
     errno.EPERM: "ask for the right to it, or choose another place",
     errno.EROFS: "choose another place",

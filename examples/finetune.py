@@ -246,6 +246,11 @@ def check_start(folder: Path, begun: dict) -> None:
         )
 
 
+def source_of(checkpoint: str | None) -> str | None:
+    """A folder by its whole path, however it was given; a Hub id as it is."""
+    return str(Path(checkpoint).resolve()) if checkpoint and Path(checkpoint).exists() else checkpoint
+
+
 def make_start(folder: Path, checkpoint: str | None, labels: dict, begun: dict) -> None:
     """The model to begin with, in float32: the encoder of a checkpoint, or random weights, and a new classifier."""
     if checkpoint is None:
@@ -320,7 +325,7 @@ def main() -> None:
         "label2id": {name: index for index, name in enumerate(train_dataset.classes)},
     }
     start = arguments.output / "initial"
-    begun = {"checkpoint": arguments.checkpoint, "classes": train_dataset.classes}
+    begun = {"checkpoint": source_of(arguments.checkpoint), "classes": train_dataset.classes}
     with training.main_process_first():
         if start.exists():
             check_start(start, begun)

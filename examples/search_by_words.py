@@ -88,17 +88,17 @@ def read_features(features: Path, folder: Path, checkpoint: str | None) -> tuple
     # Older outputs have it without the dot, and shards one each.
     names = (".settings.json", "_settings.json", "shard=*/.settings.json")
     settings = [file for name in names for file in sorted(features.glob(name))]
-    record = json.loads(settings[0].read_text()) if settings else {}
-    if record.get("pooling") != "projection":
-        raise ValueError(
-            f"{features} must be written with `extract_features.py --pooling projection`, got --pooling "
-            f"{record.get('pooling')}: only projected features compare with words."
-        )
     weights = weights_of(model_folder(checkpoint, None)[0]) if checkpoint else None
-    if record.get("weights", weights) != weights:
-        raise ValueError(
-            f"{features} was made by other weights than those of --checkpoint {checkpoint}: give its model."
-        )
+    for record in [json.loads(file.read_text()) for file in settings] or [{}]:
+        if record.get("pooling") != "projection":
+            raise ValueError(
+                f"{features} must be written with `extract_features.py --pooling projection`, got --pooling "
+                f"{record.get('pooling')}: only projected features compare with words."
+            )
+        if record.get("weights", weights) != weights:
+            raise ValueError(
+                f"{features} was made by other weights than those of --checkpoint {checkpoint}: give its model."
+            )
     table = pyarrow.dataset.dataset(features, format="parquet").to_table(["id", "embedding"])
     table = table.filter(table["embedding"].is_valid())
     vectors = torch.tensor(table["embedding"].to_pylist())

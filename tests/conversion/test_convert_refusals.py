@@ -444,11 +444,11 @@ def test_images_are_read_before_the_conversion(source, monkeypatch):
         (
             torch.OutOfMemoryError("CUDA out of memory"),
             1,
-            "CUDA out of memory. Give --verify fewer or smaller --images",
+            "CUDA out of memory. Less is needed with a smaller --dtype",
         ),
-        (MemoryError(), 1, "not enough memory. Give --verify fewer or smaller --images"),
-        (FileExistsError(errno.EEXIST, "File exists", "out"), 1, "out: File exists. Choose another place."),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "out"), 1, "out: File name too long. Choose another place."),
+        (MemoryError(), 1, "not enough memory. Less is needed with a smaller --dtype"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), 1, "out: File exists. Choose another folder."),
+        (OSError(errno.ENAMETOOLONG, "Name too long", "out"), 1, "out: Name too long. Choose another folder."),
     ],
 )
 def test_what_stops_a_conversion_is_one_line(source, error, code, expected, monkeypatch, capsys):

@@ -88,4 +88,6 @@ def test_an_object_store_that_does_not_answer_is_one_line(monkeypatch: pytest.Mo
         with pytest.raises(SystemExit) as ended:
             extract_features.main()
         message = str(ended.value)
-        assert text in message and "check the credentials and the connection" in message and "\n" not in message
+        assert (
+            text in message and "check the URL, the credentials and the connection" in message and "\n" not in message
+        )

@@ -129,6 +129,9 @@ def test_a_run_goes_on_with_what_it_was_begun_with(tmp_path: Path, monkeypatch: 
     start, begun = tmp_path / "initial", {"checkpoint": None, "classes": ["cat", "dog"]}
     finetune.make_start(start, None, {"num_labels": 2}, begun)
     finetune.check_start(start, begun)
+    monkeypatch.chdir(tmp_path)
+    assert finetune.source_of("./initial") == finetune.source_of(str(start)) == str(start)
+    assert finetune.source_of("USER/model") == "USER/model" and finetune.source_of(None) is None
     for changed in ({"checkpoint": "other"}, {"classes": ["cat", "tree"]}, {"classes": ["cat", "dog", "tree"]}):
         with pytest.raises(
             ValueError, match=f"was begun with something else .{next(iter(changed))} is .*another --output"

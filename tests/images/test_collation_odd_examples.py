@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from reference import packing_model, reference_model
 from test_image_processing import load, noise
 
 
@@ -52,6 +53,37 @@ def test_a_column_that_cannot_be_collated_is_named(processor, values):
 def test_frames_are_counted_however_they_are_nested(processor, videos):
     inputs = processor.preprocess_videos(videos, return_tensors="pt")
     assert inputs["grid_thw"].tolist() == [[3, 2, 3]] and len(inputs["hidden_states"]) == 3 * 6
+
+
+def test_a_batch_is_what_a_model_takes(processor):
+    model = packing_model(reference_model())
+    for examples in ([[IMAGE, IMAGE], None, [IMAGE]], [{"image": [IMAGE, IMAGE]}, {"image": None}, {"image": IMAGE}]):
+        with torch.no_grad():
+            assert len(model(**processor.collate(examples)).last_hidden_state) == 3 * 6
+
+
+class Decoder:
+    """Frames by their number, as torchcodec's `VideoDecoder` and others give them; no registered sequence."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return CLIP[range(2)[index]]
+
+
+def object_array():
+    frames = np.empty(2, object)
+    frames[:] = [IMAGE, IMAGE]
+    return frames
+
+
+@pytest.mark.parametrize("make_video", [Decoder, object_array])
+def test_frames_of_arrays_of_objects_and_of_decoders(processor, make_video):
+    video = make_video()
+    for videos, count in ((video, 1), ([video], 1), ([video, video], 2), ((video, {"fps": 1}), 1)):
+        inputs = processor.preprocess_videos(videos, return_tensors="pt")
+        assert inputs["grid_thw"].tolist() == [[2, 2, 3]] * count
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 3), (28, 28), (1, 1, 2, 3, 28, 28)])

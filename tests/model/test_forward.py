@@ -159,7 +159,7 @@ def test_unknown_arguments_are_refused_by_name(model):
     for call in (model.get_image_features, model.get_intermediate_layers):
         with pytest.raises(ValueError, match=r"`pixel_values`.*`hidden_states`.*image processor"):
             call(pixel_values=torch.zeros(1, 3, 28, 28))
-    with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`\.$"):
+    with pytest.raises(TypeError, match=r"`image_grid_thw` is not .*`forward`\. Its name here is `grid_thw`; leave"):
         model(**inputs, image_grid_thw=inputs["grid_thw"])
     with pytest.raises(TypeError, match=r"`image_sizes` is not an argument of `forward`\.$"):
         model(**inputs, image_sizes=[(28, 28)])
@@ -189,7 +189,7 @@ def test_unknown_arguments_are_refused_by_name(model):
     ],
 )
 def test_arguments_of_transformers_that_would_change_nothing_are_refused(model, name, value, own):
-    hint = rf" Its name here is `{own}`\." if own else ""
+    hint = rf" Its name here is `{own}`; leave out what is of a text\." if own else ""
     with pytest.raises(TypeError, match=rf"^`{name}` is not an argument of `forward`\.{hint}$"):
         model(patches(4), torch.tensor([[1, 2, 2]]), **{name: value})
 
