@@ -9,10 +9,10 @@ PACKAGE = build/types/aimv2_packing
 demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
 
-# A process per core and one more, since many tests wait, with one thread each; what a file's tests share is made once.
+# Processes of one thread each; what a file's tests share is made once.
 test: $(VENV)/installed
 	$(PYTHON) tests/transformers_common/download.py
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $$(($$(nproc) + 1)) --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 test-common: $(VENV)/installed
 	$(PYTHON) tests/transformers_common/download.py

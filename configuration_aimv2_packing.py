@@ -58,6 +58,13 @@ class SentenceTransformersMixin:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def check_auto_map(config: Aimv2VisionConfig | Aimv2Config) -> None:
+    """A ValueError where saving would fail, which adds to it."""
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(auto_map, dict | None):
+        raise ValueError(f"`auto_map` must be a dict, got {auto_map!r}.")
+
+
 @strict
 class Aimv2PackingConfig(SentenceTransformersMixin, Aimv2VisionConfig):
     r"""
@@ -120,6 +127,7 @@ class Aimv2PackingConfig(SentenceTransformersMixin, Aimv2VisionConfig):
             raise ValueError(f"`dtype` must be the name of a torch dtype, got {self.dtype!r}.")
         if not isinstance(self._attn_implementation, str | None):
             raise ValueError(f"`attn_implementation` must be a str, got {self._attn_implementation!r}.")
+        check_auto_map(self)
 
     def validate_geometry(self):
         """Refuses sizes that no model can have; called by `@strict` whenever a configuration is made."""
@@ -196,6 +204,7 @@ class Aimv2PackingImageTextConfig(SentenceTransformersMixin, Aimv2Config):
 
     def validate_parts(self):
         """Refuses parts that do not make an image-text model; called by `@strict`."""
+        check_auto_map(self)
         for name, kind in (("vision_config", Aimv2PackingConfig), ("text_config", Aimv2TextConfig)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(

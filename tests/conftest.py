@@ -29,10 +29,16 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 
-# Far more cases, for a change of what is fuzzed: `pytest --hypothesis-profile thorough`.
+# Far more cases, and others each time, for a change of what is fuzzed: `pytest --hypothesis-profile thorough`.
 settings.register_profile("thorough", max_examples=5000, deadline=None)
-settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, since many tests wait for others."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_unconfigure() -> None:

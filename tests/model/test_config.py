@@ -7,6 +7,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from image_text_checkpoints import Aimv2PackingImageTextConfig
 from reference import REPO, Aimv2PackingConfig
 from transformers import Aimv2VisionConfig, AutoConfig
 
@@ -73,6 +74,16 @@ def test_values_that_cannot_work_are_refused_by_name(fields, named):
 def test_fields_that_transformers_cannot_set(fields):
     with pytest.raises(ValueError, match=r"refuses a field|is no field"):
         Aimv2PackingConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", [Aimv2PackingConfig, Aimv2PackingImageTextConfig])
+@pytest.mark.parametrize("auto_map", [-1, "AutoModel", ["AutoModel"]])
+def test_an_auto_map_that_cannot_be_saved_is_refused(kind, auto_map, tmp_path):
+    with pytest.raises((ValueError, StrictDataclassError), match="`auto_map` must be a dict, got"):
+        kind(auto_map=auto_map)
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises((ValueError, StrictDataclassError), match="`auto_map` must be a dict, got"):
+        kind.from_pretrained(tmp_path)
 
 
 def test_transformers_below_the_floor_is_named(monkeypatch):
