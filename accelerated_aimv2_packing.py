@@ -30,7 +30,7 @@ from .cuda_engine_aimv2_packing import encode as encode_on_cuda
 from .cuda_engine_aimv2_packing import refusal as cuda_refusal
 from .cuda_graphs_aimv2_packing import addresses_of
 from .layout_aimv2_packing import PackedLayout
-from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel, replaced_function
+from .modeling_aimv2_packing import Aimv2PackingForImageClassification, Aimv2PackingModel, global_change, is_from
 
 
 logger = logging.get_logger(__name__)
@@ -219,10 +219,8 @@ def watching_mode(hidden_states: torch.Tensor) -> str | None:
         for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return "a function mode is on"
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "there is a global forward hook"
-    if (owner := replaced_function()) is not None:
-        return f"a function of {owner} has been replaced"
+    if (change := global_change()) is not None:
+        return change
     if ALL_ATTENTION_FUNCTIONS.get("sdpa", None) is not sdpa_attention_forward:
         return "the attention function called sdpa has been replaced"
     return None
@@ -230,9 +228,8 @@ def watching_mode(hidden_states: torch.Tensor) -> str | None:
 
 # The modules
 
-# The classes of the modeling file, and where these and torch's have their `forward` from.
+# Where the classes of the layers are defined.
 MODELING = f"{__name__.rpartition('.')[0]}.modeling_aimv2_packing"
-CHECKPOINTING_FILE = modeling_layers.__file__
 LIBRARY_CLASSES = {nn.Linear, nn.RMSNorm, nn.Embedding, nn.ModuleList}
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 
@@ -373,10 +370,8 @@ def current_state(model: nn.Module) -> ModelState:
 
 def is_own_call(kind: type[nn.Module]) -> bool:
     """Whether the class has its `forward` and `__call__` from where they are defined, as before anyone patched it."""
-    home = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    files = (home, CHECKPOINTING_FILE, torch_module.__file__)
-    codes = (getattr(method, "__code__", None) for method in (kind.forward, kind.__call__))
-    return all(code is not None and code.co_filename in files for code in codes)
+    modules = (sys.modules.get(kind.__module__), modeling_layers, torch_module)
+    return is_from(kind.forward, *modules) and is_from(kind.__call__, *modules)
 
 
 def is_idle_alignment(module: nn.Module) -> bool:

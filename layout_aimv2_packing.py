@@ -443,9 +443,9 @@ def validate_keyword_arguments(kwargs: dict[str, Any], config: Aimv2PackingConfi
             "`output_attentions` needs `attn_implementation='eager'`: no other kernel writes the weights out, got "
             f"{config._attn_implementation!r}."
         )
-    known = {*VISION_UTILS_NAMES, "num_items_in_batch", "output_attentions", "output_hidden_states", "use_cache"}
-    # What `collate` tells its caller.
-    known.add("num_images_per_sample")
+    # `num_images_per_sample` is what `collate` tells its caller.
+    for_others = ("num_images_per_sample", "num_items_in_batch", "use_cache")
+    known = {*VISION_UTILS_NAMES, *for_others, "output_attentions", "output_hidden_states"}
     for name, value in kwargs.items():
         # Of a switch that others have, off changes nothing.
         off = value is None or (value is False and name in TransformersKwargs.__annotations__)

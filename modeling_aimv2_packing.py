@@ -203,11 +203,13 @@ FUNCTIONS = {
 OWN_ATTENTION = segment_attention
 
 
-def replaced_function() -> str | None:
-    """Whose function has been replaced that the layers call, or `None`."""
+def global_change() -> str | None:
+    """What watches or changes the layers of every model: a global hook or a replaced function; or `None`."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "there is a global forward hook"
     if any(getattr(F, name) is not function for name, function in FUNCTIONS.items()):
-        return "torch.nn.functional"
-    return None if segment_attention is OWN_ATTENTION else "the modeling file"
+        return "a function of torch.nn.functional has been replaced"
+    return None if segment_attention is OWN_ATTENTION else "a function of the modeling file has been replaced"
 
 
 # Gradient checkpointing
@@ -356,9 +358,7 @@ def may_draw_random_numbers(layer: nn.Module) -> bool:
     known = {"sdpa": sdpa_attention_forward, "eager": eager_attention_forward}.get(implementation)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     flash = is_flash_attention_requested(requested_attention_implementation=implementation)
-    if layer.config.attention_dropout or not (interface is known or flash):
-        return True
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or replaced_function():
+    if layer.config.attention_dropout or not (interface is known or flash) or global_change() is not None:
         return True
     return not all(map(draws_nothing, layer.modules()))
 
