@@ -39,3 +39,17 @@ def encoder(serve, checkpoint):
 @pytest.fixture(scope="module")
 def native_encoder(serve, native):
     return serve.Encoder(native, "cpu")
+
+
+@pytest.fixture
+def batchers(serve, monkeypatch) -> list:
+    """Those of the applications that a test creates."""
+    made: list = []
+
+    class Kept(serve.Batcher):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(serve, "Batcher", Kept)
+    return made

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -91,18 +92,24 @@ def rows_of(image: dict) -> int:
     return max(len(value) for value in image.values() if isinstance(value, torch.Tensor))
 
 
-def test_images_that_wait_share_a_forward_of_the_budget(serve, native_encoder):
+def test_images_that_wait_share_a_forward_of_the_budget(serve, native_encoder, batchers):
     recorded = Recorded(native_encoder)
     images = [jpeg(seed) for seed in range(12)]
     expected = as_encoded(native_encoder, images)
-    limits = serve.Limits(patches_per_forward=150, wait_seconds=0.2)
+    limits = serve.Limits(patches_per_forward=150)
 
     async def load(port: int) -> list:
         async with client(port, openai.AsyncOpenAI) as each:
             return await asyncio.gather(*(embed_image(each, image, encoding_format="float") for image in images))
 
-    with serving(serve.create_app(recorded, "aimv2", limits)) as port:
-        answers = asyncio.run(load(port))
+    with serving(serve.create_app(recorded, "aimv2", limits)) as port, ThreadPoolExecutor(1) as thread:
+        recorded.may_go_on.clear()
+        answering = thread.submit(asyncio.run, load(port))
+        try:
+            wait_for(lambda: sum(map(len, recorded.batches)) + len(batchers[0].waiting) == len(images))
+        finally:
+            recorded.may_go_on.set()
+        answers = answering.result()
     vectors = torch.tensor([answer.data[0].embedding for answer in answers])
     torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
     patches = [sum(map(rows_of, batch)) for batch in recorded.batches]

@@ -114,7 +114,7 @@ def test_a_poisoned_image_fails_alone(serve, native_encoder):
         torch.testing.assert_close(torch.tensor(answered.data[0].embedding), vector, rtol=0, atol=1e-5)
 
 
-def test_who_has_left_takes_no_part_of_the_budget(serve, native_encoder):
+def test_who_has_left_takes_no_part_of_the_budget(serve, native_encoder, batchers):
     """While a forward runs, one client of four leaves; the others fit one forward only without it."""
     recorded = Recorded(native_encoder)
     images = [jpeg(seed) for seed in range(5)]
@@ -130,6 +130,7 @@ def test_who_has_left_takes_no_part_of_the_budget(serve, native_encoder):
             wait_for(lambda number=number: health(port)["requests"] == number)
             if number == 1:
                 wait_for(lambda: len(recorded.batches) == 1)
+        wait_for(lambda: len(batchers[0].waiting) == 4)
         connections.pop(2).close()
         wait_for(lambda: health(port)["requests"] == 4)
         recorded.may_go_on.set()
