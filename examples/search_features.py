@@ -35,14 +35,18 @@ from corpus.stages import POOLINGS
 def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     """The ids, and one unit vector for each: float32 of shape (num_images, embedding_size)."""
     import fsspec
+    import pyarrow as pa
     import pyarrow.dataset as ds
 
     fs, path = fsspec.core.url_to_fs(output)
     if not fs.exists(path):
         raise FileNotFoundError(f"{output} does not exist: give what extract_features.py was given as --output.")
     # What is no Parquet file begins with a dot, and pyarrow passes over it.
-    dataset = ds.dataset(path, filesystem=fs, format="parquet")
-    table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
+    try:
+        dataset = ds.dataset(path, filesystem=fs, format="parquet")
+        table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{output} is no output of extract_features.py: {error}") from error
     if not len(table):
         raise ValueError(f"{output} holds no row with an embedding.")
     column = table["embedding"].combine_chunks()

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from corpora import IMAGES, extract, write_images
@@ -57,6 +59,16 @@ def test_a_query_without_a_vector_is_refused(rows, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, rows[0], "--query", query)
         assert f"{query} is no id of" in capsys.readouterr().err
+
+
+def test_what_is_no_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("empty", "other", "texts"):
+        (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "other/a.parquet")
+    (tmp_path / "texts/a.txt").write_text("a")
+    for name in ("empty", "other", "texts"):
+        with pytest.raises(SystemExit, match=f"error: {tmp_path / name} is no output of extract_features.py"):
+            run(monkeypatch, tmp_path / name, "--query", "a")
 
 
 def found(capsys: pytest.CaptureFixture) -> list[tuple[str, float]]:

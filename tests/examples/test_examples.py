@@ -80,7 +80,8 @@ def test_the_first_features(run, checkpoint):
 
 
 def test_without_a_checkpoint(run):
-    status, printed, _ = run("feature_extraction")
+    status, printed, said = run("feature_extraction")
+    assert said == "No --checkpoint: the weights are random, and what follows says nothing of AIMv2.\n"
     assert status == 0 and "cat.jpg: map (1, 21, 32, 256), mean (256,)" in printed
 
 
