@@ -16,8 +16,16 @@ out; the order of files and rows does not matter.
 
 import argparse
 import dataclasses
+import sys
 
-from loading import run  # first: it says what is not installed
+from loading import REPO, run  # first: it says what is not installed
+
+
+try:
+    # The corpus' modules import it, and say less.
+    import pyarrow as pa
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
 
 
 # isort: split
@@ -35,7 +43,6 @@ from corpus.stages import POOLINGS
 def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     """The ids, and one unit vector for each: float32 of shape (num_images, embedding_size)."""
     import fsspec
-    import pyarrow as pa
     import pyarrow.dataset as ds
 
     fs, path = fsspec.core.url_to_fs(output)
