@@ -104,9 +104,10 @@ def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path, kind: str) 
 
 def test_killed_run_goes_on_to_the_same_weights(one_process: tuple[Path, str], tmp_path: Path) -> None:
     arguments = (tmp_path, *SHORT, "--gradient-accumulation-steps", 2)
-    run = start(*arguments)
-    while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
-        assert run.poll() is None, run.communicate()[0]
+    run, state, end = start(*arguments), tmp_path / "checkpoint-12" / "trainer_state.json", time.monotonic() + 300
+    # The last file of a checkpoint is there, and whole.
+    while not state.exists() or not state.read_text().endswith("}\n"):
+        assert run.poll() is None and time.monotonic() < end, run.communicate(timeout=60)[0]
         time.sleep(0.05)
     run.kill()
     run.communicate()
