@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,12 @@ def test_killed_run_goes_on_to_the_same_weights(one_process: tuple[Path, str], t
         time.sleep(0.05)
     run.kill()
     run.communicate()
+    # And what a kill leaves while a checkpoint is written, at two moments.
+    for step, text in ((18, None), (20, "{")):
+        cut = shutil.copytree(state.parent, tmp_path / f"checkpoint-{step}")
+        (cut / state.name).unlink()
+        if text:
+            (cut / state.name).write_text(text)
     finish(start(*arguments))
     expected = load_file(one_process[0] / "model.safetensors")
     assert_tensors_close(load_file(tmp_path / "model.safetensors"), expected, 1e-6)
