@@ -4,6 +4,7 @@
 The command through killed runs, killed workers and Ctrl-C, on both engines, against one image at a time.
 
 `AIMV2_PACKING_IMAGES=2000 AIMV2_PACKING_KILLS=10` makes the corpus larger and kills more runs, at random moments.
+That takes longer than a test may: `--timeout 0`.
 """
 
 import contextlib
