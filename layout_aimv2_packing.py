@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import TransformersKwargs
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
@@ -231,8 +232,8 @@ def axis_taps(size: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
     Which of `num_positions` learned positions along an axis bicubic interpolation to `size` reads, and their weights,
     `(size, 4)` each: what transformers computes for an image whose other axis has as many patches as positions.
     """
-    # Values, also where tensors are without: under torch.export.
-    with _disable_current_modes():
+    # Values, also where tensors are without: under torch.export, and in transforms of torch.func.
+    with _disable_current_modes(), temporarily_clear_interpreter_stack():
         grid_thw = torch.tensor([[1, size, num_positions]], device="cpu")
         computed = get_vision_interpolation_indices_and_weights(grid_thw, num_positions, mode="bicubic")
         # There the second tap of the first column is position 0, and has all the weight.
