@@ -423,7 +423,7 @@ class Aimv2PackingEmbeddings(nn.Module):
             return sincos(sides, num_frequencies).flatten(1)
         # A row or column recurs in every image: few values are computed, and many looked up.
         table = sincos(torch.arange(layout.num_positions, device=sides.device), num_frequencies)
-        return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
+        return F.embedding(sides, table.to(self.rms_norm.weight.dtype)).flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second

@@ -432,6 +432,19 @@ def test_positions_outside_the_grid_may_be_given(model):
             assert (ours - model(inputs["hidden_states"], **given).last_hidden_state).abs().max() < 1e-5
 
 
+def test_positions_beyond_the_number_that_a_layout_says_are_an_error(model):
+    inputs = pack(random_images([(2, 3)]))
+    layout = with_positions(packed_layout(inputs["grid_thw"], model.config), model.config)
+    for position_ids in (layout.position_ids - 1, layout.position_ids + 1):
+        expected = model(**inputs, position_ids=position_ids).last_hidden_state
+        changed = dataclasses.replace(layout, position_ids=position_ids)
+        with pytest.raises(IndexError):
+            model(inputs["hidden_states"], layout=changed)
+        unbounded = dataclasses.replace(changed, num_positions=None)
+        ours = model(inputs["hidden_states"], layout=unbounded).last_hidden_state
+        torch.testing.assert_close(ours, expected)
+
+
 def test_positions_of_no_frames_are_refused():
     config = Aimv2PackingConfig()
     layout = dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), config), grids=None)
