@@ -324,10 +324,7 @@ def read_segments(cu_seqlens: torch.Tensor, max_seqlen: int | None, num_patches:
         raise ValueError(f"`cu_seqlens` describes {values[-1]} patches, but `hidden_states` holds {num_patches}.")
     longest = max(lengths, default=0)
     validate_max_seqlen(longest if max_seqlen is None else max_seqlen, longest)
-    return {
-        "runs": equal_length_runs(lengths),
-        "max_seqlen": longest if max_seqlen is None else int(max_seqlen),
-    }
+    return {"runs": equal_length_runs(lengths), "max_seqlen": longest}
 
 
 def with_runs(layout: PackedLayout, num_patches: int) -> PackedLayout:
@@ -538,7 +535,8 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
                 "`layout` must be computed with the model's configuration: with "
                 f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
             )
-    validate_max_seqlen(layout.max_seqlen, max((length for _, length in runs), default=0))
+    longest = max((length for _, length in runs), default=0)
+    validate_max_seqlen(layout.max_seqlen, longest)
     if not config.is_native and layout.num_grid_per_side not in (None, config.image_size // config.patch_size):
         side, own = layout.num_grid_per_side, config.image_size // config.patch_size
         raise ValueError(
@@ -547,9 +545,7 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
         )
     tensors = layout.tensors()
     validate_positions(tensors, num_patches)
-    if any(value.dtype != INDEX_DTYPES.get(name, value.dtype) for name, value in tensors.items()):
-        layout = replace(layout, **in_own_dtypes(tensors))
-    return layout
+    return replace(layout, max_seqlen=longest, **in_own_dtypes(tensors))
 
 
 def in_own_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
