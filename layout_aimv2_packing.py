@@ -372,8 +372,10 @@ def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torc
         `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
 
     Raises:
-        ValueError: `grid_thw` is not as above, or does not describe as many patches as `features` holds.
+        ValueError: one of them is not as above, or `grid_thw` does not describe as many patches as `features` holds.
     """
+    if not isinstance(features, torch.Tensor) or features.ndim == 0:
+        raise ValueError(f"`features` must be a tensor of shape (total_patches, ...), got {kind_of(features)}.")
     grids = validate_grid_thw(grid_thw)
     lengths = [t * h * w for t, h, w in grids]
     if sum(lengths) != len(features):

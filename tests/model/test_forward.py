@@ -3,6 +3,7 @@
 """What `forward` takes, refuses and returns."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-unpack_features = hub_module("layout").unpack_features
+unpack_features, merge_patches = hub_module("layout").unpack_features, hub_module("batching").merge_patches
 
 
 @pytest.fixture(scope="module")
@@ -635,6 +636,13 @@ def test_maps_have_the_sides_of_the_layout(model):
 def test_maps_of_bad_grids_are_refused(grid_thw):
     with pytest.raises(ValueError, match="`grid_thw` must "):
         unpack_features(torch.zeros(4, 8), grid_thw)
+
+
+@pytest.mark.parametrize("features", [BaseModelOutputWithPooling(torch.zeros(4, 8)), np.zeros((4, 8)), torch.ones(())])
+def test_maps_of_what_are_no_features_are_refused(features):
+    for function in (unpack_features, partial(merge_patches, merge_size=2)):
+        with pytest.raises(ValueError, match="`features` must be a tensor of shape \\(total_patches, "):
+            function(features, torch.tensor([[1, 2, 2]]))
 
 
 def test_maps_need_grids_where_tokens_need_none(model):
