@@ -385,8 +385,7 @@ class Aimv2PackingPatchEmbed(nn.Conv2d):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         patches, weight = patches.to(self.weight.dtype), self.weight.flatten(1)
         if patches.device.type == "cpu":
-            # oneDNN's AMX kernels, for half precision, autocast and float32 of less precision, read past a row that
-            # fills no tile, into the next image: its NaN times 0 is NaN.
+            # oneDNN's AMX kernels read past a row that fills no tile, into the next image: its NaN times 0 is NaN.
             padding = -weight.shape[1] % 32
             patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
         return F.linear(patches, weight, self.bias)  # (N, D)
