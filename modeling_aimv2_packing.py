@@ -384,7 +384,8 @@ class Aimv2PackingPatchEmbed(nn.Conv2d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         patches, weight = patches.to(self.weight.dtype), self.weight.flatten(1)
-        if patches.device.type == "cpu":
+        is_half = weight.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
+        if patches.device.type == "cpu" and is_half:
             # oneDNN's AMX kernels read past a row that fills no tile, into the next image: its NaN times 0 is NaN.
             padding = -weight.shape[1] % 32
             patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
