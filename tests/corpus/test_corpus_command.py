@@ -20,6 +20,7 @@ import extract_features
 from corpus import in_process
 from corpus.inputs import InputError
 from corpus.output import Output
+from corpus.shards import status_lines
 from corpus.stages import Batch, Encoder, Preparer
 
 
@@ -202,6 +203,32 @@ def test_summary_names_kinds_of_errors_and_skipped_files(head_repo: Path, tmp_pa
     assert "6 could not be read or decoded" in printed.out and "1.jpg, 2.jpg, 3.jpg, ..." in printed.out
     assert "2 files of the input were skipped" in printed.out and "more, notes.txt" in printed.out
     assert "11/11 images" in printed.err
+
+
+@pytest.mark.parametrize("listener", ["of ASCII", "that has left", "on a full disk"])
+def test_what_cannot_be_said_changes_nothing_that_is_done(head_repo: Path, tmp_path: Path, listener: str) -> None:
+    source, output = write_images(tmp_path / "in", {**IMAGES, "é.png": b"junk"}), tmp_path / "out"
+    shard = ["--num-shards", "1", "--shard-index", "0"]
+    arguments = ["--model", head_repo, "--input", source, "--output", output, *shard]
+    reading, writing = os.pipe()
+    if listener == "on a full disk":
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
+    if listener != "of ASCII":
+        os.close(reading)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "extract_features.py"), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    assert process.communicate()[1].splitlines() == [b"100% 6/6 images, 1 errors"] and process.returncode == 0
+    if listener == "of ASCII":
+        with open(reading, "rb") as printed:
+            assert b": \\xe9.png" in printed.read()
+    assert rows_of(output / "shard=0-of-1").keys() == {*IMAGES, "é.png"}
+    assert "1 complete" in status_lines(str(output))[0]
 
 
 def test_preparer_and_encoder_check_their_model(head_repo: Path, tmp_path: Path, monkeypatch) -> None:
