@@ -30,6 +30,7 @@ from corpus.output import Output
 from corpus.settings import Settings, weights_of
 from corpus.shards import recorded_shard
 from corpus.stages import POOLINGS
+from extract_features import positive
 
 
 def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
@@ -42,7 +43,7 @@ def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
         raise FileNotFoundError(f"{output} does not exist: give what extract_features.py was given as --output.")
     # What is no Parquet file begins with a dot, and pyarrow passes over it.
     dataset = ds.dataset(path, filesystem=fs, format="parquet")
-    table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
+    table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("embedding").is_valid())
     if not len(table):
         raise ValueError(f"{output} holds no row with an embedding.")
     column = table["embedding"].combine_chunks()
@@ -122,10 +123,8 @@ def main() -> None:
     queries.add_argument("--query-image", help="path or URL of a picture")
     queries.add_argument("--query-text", help='such as "a cat"')
     parser.add_argument("--model", help="where the model is now, if not where it was")
-    parser.add_argument("--count", type=int, default=5, help="of neighbours (%(default)s)")
+    parser.add_argument("--count", type=positive, default=5, help="of neighbours (%(default)s)")
     arguments = parser.parse_args()
-    if arguments.count < 1:
-        parser.error(f"--count must be at least 1, got {arguments.count}")
     ids, vectors = read_embeddings(arguments.output)
     if arguments.query is not None:
         if arguments.query not in ids:
