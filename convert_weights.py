@@ -82,9 +82,11 @@ def verify_code(source: str, revision: str | None) -> None:
 
 def shard_size(value: str) -> str:
     try:
-        split_state_dict_into_shards_factory(
-            {}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
+        split = split_state_dict_into_shards_factory(
+            {"a": b"1", "b": b"1"}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
         )
+        if split.is_sharded:
+            raise ValueError("no tensor fits")
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"must be like 5GB or 500MB: {error}") from error
     return value
