@@ -120,10 +120,10 @@ def main() -> None:
         say(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, (OSError, ValueError, RuntimeError)) and not is_of_store(error):
+        if not isinstance(error, (MemoryError, OSError, ValueError, RuntimeError)) and not is_of_store(error):
             raise
         step = "check the URL, the credentials and the connection" if is_of_store(error) else next_step(error)
-        message = printable_lines(without_credentials(" ".join(str(error).split())))
+        message = printable_lines(without_credentials(" ".join(str(error).split()))) or "not enough memory"
         sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 
 

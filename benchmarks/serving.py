@@ -180,7 +180,9 @@ def started(kind: str, port: int, checkpoint: Path, args: argparse.Namespace) ->
 
 
 def wait_until_up(server: subprocess.Popen, port: int, request: bytes) -> None:
-    while asyncio.run(ask(port, request)) != 200:
+    while (status := asyncio.run(ask(port, request))) != 200:
+        if status:
+            raise SystemExit(f"error: the server answers with {status}.")
         if server.poll() is not None:
             raise SystemExit(f"error: the server ended with {server.returncode}.")
         time.sleep(0.2)

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from conversion.messages import printable, say
 from extract_features import positive
 
 
@@ -166,7 +167,7 @@ def main() -> None:
         hits.append([(float(scores[index]), paths[index]) for index in best])
         print(query)
         for score, path in hits[-1]:
-            print(f"  {score:.4f}  {path}")
+            say(f"  {score:.4f}  {printable(path)}")
     title = str(arguments.checkpoint) if arguments.checkpoint else "random weights: the order says nothing"
     save_picture(contact_sheet(arguments.queries, hits, title), arguments.output)
     print(f"Contact sheet: {arguments.output}")

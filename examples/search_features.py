@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from conversion.messages import printable, say
 from corpus.models import load_model, load_processor, model_folder
 from corpus.output import Output
 from corpus.settings import Settings, weights_of
@@ -140,7 +141,7 @@ def main() -> None:
     except ModuleNotFoundError:
         similarity, rows = search(vectors, query, count)
     for value, row in zip(similarity[0], rows[0], strict=True):
-        print(f"{value:.4f}  {ids[row]}")
+        say(f"{value:.4f}  {printable(ids[row])}")
 
 
 if __name__ == "__main__":

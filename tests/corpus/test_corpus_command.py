@@ -138,6 +138,17 @@ def test_a_full_disk_is_one_line(arguments: list[object], monkeypatch) -> None:
     assert extract(arguments[1], arguments[3], output).keys() == IMAGES.keys()
 
 
+def test_too_little_memory_is_one_line_and_what_is_encoded_is_written(arguments: list[object], monkeypatch) -> None:
+    def exhausted() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, exhausted)
+        options = [*arguments, "--patches-per-batch", "128", "--max-patches", "128"]
+        assert main(patch, *options) == "extract_features.py: not enough memory"
+    assert len(rows_of(arguments[-1])) == 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_input_that_vanishes_is_no_error_of_its_images(
     head_repo: Path, tmp_path: Path, workers: int, monkeypatch
