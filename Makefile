@@ -42,6 +42,7 @@ bench: $(VENV)/installed
 	$(PYTHON) benchmarks/throughput.py
 
 $(VENV)/installed: requirements.txt requirements-test.txt requirements-dev.txt
+	@python3 -c "import sys; sys.version_info < (3, 11) and sys.exit('python3 is ' + sys.version.split()[0] + ': Python 3.11 to 3.13 is needed.')"
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet torch==2.13.0
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt

@@ -487,7 +487,13 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
         fields = {name: value for name, value in image_processor_dict.items() if name not in READING_KWARGS}
-        return super().from_dict(fields, **lower_minimum(kwargs, fields.get("min_patches", cls.min_patches)))
+        given = lower_minimum(kwargs, fields.get("min_patches", cls.min_patches))
+        try:
+            return super().from_dict(fields, **given)
+        except Exception as error:
+            # `AutoProcessor` swallows it and says only that the repo has no processor.
+            logger.error(f"The image processor cannot be made: {error}")
+            raise
 
     def preprocess(self, images, *args, **kwargs) -> BatchFeature:
         limits = [name for name in ("min_patches", "max_patches") if kwargs.get(name) is not None]

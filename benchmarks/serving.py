@@ -59,7 +59,7 @@ def make_checkpoint(folder: Path, layers: int, width: int, dtype: str) -> Path:
     return folder / "converted"
 
 
-def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int, port: int) -> None:
+def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int, descriptor: int) -> None:
     sys.path.insert(0, str(REPO / "examples"))
     import serve as example
     import uvicorn
@@ -97,7 +97,8 @@ def serve(kind: str, checkpoint: str, device: str, dtype: str, max_requests: int
     if kind == "one image a forward":
         limits = replace(limits, patches_per_forward=1, wait_seconds=0)
     encoder = (Padded if kind == "padded" else example.Encoder)(checkpoint, device, dtype)
-    uvicorn.run(example.create_app(encoder, "aimv2", limits), port=port, log_level="error")
+    config = uvicorn.Config(example.create_app(encoder, "aimv2", limits), log_level="error")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
 
 
 def make_requests(count: int) -> list[bytes]:
@@ -168,15 +169,15 @@ def open_load(clients: ProcessPoolExecutor, count: int, port: int, requests: lis
     }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-def started(kind: str, port: int, checkpoint: Path, args: argparse.Namespace) -> subprocess.Popen:
-    own = ["--serve", kind, "--port", port, "--checkpoint", checkpoint, "--device", args.device, "--dtype", args.dtype]
-    command = [sys.executable, __file__, *map(str, own), "--max-requests", str(args.max_requests)]
-    return subprocess.Popen(command, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+def started(kind: str, checkpoint: Path, args: argparse.Namespace) -> tuple[subprocess.Popen, int]:
+    """A server and its port, which is bound here: until the server listens, no other process can take it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        own = ["--serve", kind, "--socket", bound.fileno(), "--checkpoint", checkpoint]
+        own += ["--device", args.device, "--dtype", args.dtype, "--max-requests", args.max_requests]
+        command = [sys.executable, __file__, *map(str, own)]
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        return subprocess.Popen(command, env=environment, pass_fds=[bound.fileno()]), bound.getsockname()[1]
 
 
 def wait_until_up(server: subprocess.Popen, port: int, request: bytes) -> None:
@@ -197,14 +198,13 @@ def resident(server: subprocess.Popen) -> int | None:
 
 def measure(checkpoint: Path, args: argparse.Namespace) -> list[dict]:
     requests = make_requests(256)
-    ports = {kind: free_port() for kind in args.kinds}
-    servers = {kind: started(kind, port, checkpoint, args) for kind, port in ports.items()}
+    servers = {kind: started(kind, checkpoint, args) for kind in args.kinds}
     rows = []
     try:
         with ProcessPoolExecutor(args.clients, multiprocessing.get_context("fork")) as clients:
-            for kind, port in ports.items():
-                wait_until_up(servers[kind], port, requests[0])
-            for kind, port in ports.items():
+            for server, port in servers.values():
+                wait_until_up(server, port, requests[0])
+            for kind, (server, port) in servers.items():
                 for burst in WARM_UP[-2:] if args.device == "cpu" else WARM_UP:
                     open_load(clients, args.clients, port, requests, np.zeros(max(burst, args.clients)))
                 for rate in args.rates:
@@ -212,12 +212,12 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> list[dict]:
                     delays = np.cumsum(generator.exponential(1 / rate, max(args.clients, round(rate * args.seconds))))
                     row = {"server": kind, "rate": rate}
                     row |= open_load(clients, args.clients, port, requests, delays)
-                    rows.append(row | {"peak_bytes": resident(servers[kind])})
+                    rows.append(row | {"peak_bytes": resident(server)})
                     print(json.dumps(rows[-1]), file=sys.stderr)
     finally:
-        for server in servers.values():
+        for server, _ in servers.values():
             server.terminate()
-        for server in servers.values():
+        for server, _ in servers.values():
             server.wait()
     return rows
 
@@ -249,17 +249,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.checkpoint, args.device, args.dtype, args.max_requests, args.port)
+        return serve(args.serve, args.checkpoint, args.device, args.dtype, args.max_requests, args.socket)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or make_checkpoint(Path(folder), args.layers, args.width, args.dtype)
         rows = measure(Path(checkpoint), args)
     print(table_of(rows, args.kinds, args.rates))
     if args.output:
         device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
-        setting = {name: value for name, value in vars(args).items() if name not in ("output", "serve", "port")}
+        setting = {name: value for name, value in vars(args).items() if name not in ("output", "serve", "socket")}
         args.output.write_text(json.dumps({"device": device, "settings": setting, "rows": rows}, indent=1) + "\n")
     return None
 

@@ -4,6 +4,7 @@
 
 import ast
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -56,8 +57,9 @@ def origin() -> str:
         remotes = git("remote").split()
     except (OSError, subprocess.CalledProcessError):
         return "an unknown commit: the converter did not run from a clone"
-    if not remotes:
+    url = git("remote", "get-url", "origin" if "origin" in remotes else remotes[0]) if remotes else ""
+    # A scheme or a host; else, as after a drive's letter, it is a folder of this machine.
+    if url.startswith("file:") or not re.match(r"[^/\\]{2,}:", url):
         return f"{commit} of a clone that names no remote repo"
-    url = git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])
     # A card is public: what a URL may hold of passwords stays out of it.
     return f"{commit} of {without_credentials(url)}"

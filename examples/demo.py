@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 
 OUTPUT = Path(REPO, "build", "demo")
-# A twentieth of AIMv2-Large, with its head size, so that the demo takes seconds.
+# A sixtieth of AIMv2-Large, with its head size, so that the demo takes seconds.
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 2}
 
 

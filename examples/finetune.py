@@ -23,6 +23,7 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from loading import REPO, load, require_converted, run  # first: it says what is not installed
@@ -48,7 +49,6 @@ from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.trainer_utils import get_last_checkpoint
 
 from extract_features import positive
 
@@ -234,6 +234,17 @@ def finished(output: Path, steps: int) -> bool:
     return state.is_file() and json.loads(state.read_text())["global_step"] >= steps
 
 
+def last_checkpoint(output: Path) -> str | None:
+    """The last whole one: where a kill cut one short, the file that Trainer writes last is missing or no JSON."""
+    steps = (folder.name.removeprefix("checkpoint-") for folder in output.glob("checkpoint-*"))
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = output / f"checkpoint-{step}"
+        with suppress(FileNotFoundError, json.JSONDecodeError):
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+    return None
+
+
 def check_start(folder: Path, begun: dict) -> None:
     """
     Raises:
@@ -345,7 +356,7 @@ def main() -> None:
         callbacks=[NewOrderEachEpoch()],
         patches_per_batch=arguments.patches_per_batch or max(512, largest),
     )
-    trainer.train(resume_from_checkpoint=None if arguments.fsdp else get_last_checkpoint(arguments.output))
+    trainer.train(resume_from_checkpoint=None if arguments.fsdp else last_checkpoint(arguments.output))
     trainer.save_model(arguments.output)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

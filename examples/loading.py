@@ -41,6 +41,7 @@ def load(checkpoint: str | None):
         # Of an image-text checkpoint, the vision tower.
         model = getattr(model, "vision_model", model)
     else:
+        print("No --checkpoint: the weights are random, and what follows says nothing of AIMv2.", file=sys.stderr)
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(REPO, trust_remote_code=True, **SMALL)
         model = AutoModel.from_config(config, trust_remote_code=True)

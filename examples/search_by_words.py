@@ -22,16 +22,19 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.ImageOps
 import torch
+from folder_features import ImageFiles, collate, image_files
 from tokenizers import pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from conversion.local_code import local_class
 from conversion.messages import printable, say
 from extract_features import positive
 
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+open_image = local_class("image_processing_aimv2_packing.open_image")
+
 THUMBNAIL, MARGIN, LINE = 160, 8, 18
 
 
@@ -64,16 +67,21 @@ def load(checkpoint: str | None):
 
 
 @torch.no_grad()
-def embed_pictures(paths: list[Path], processor, model, max_patches_per_batch: int = 8192) -> torch.Tensor:
-    """One unit vector per picture, `(num_pictures, projection_dim)`."""
-    images = processor.image_processor
-    sizes = [PIL.Image.open(path).size[::-1] for path in paths]
-    sampler = images.batch_sampler(sizes, max_patches_per_batch)
+def embed_pictures(
+    paths: list[str], processor, model, max_patches_per_batch: int = 8192
+) -> tuple[list[Path], torch.Tensor]:
+    """The pictures that can be read, and one unit vector for each, `(num_pictures, projection_dim)`."""
+    dataset = ImageFiles(paths, processor.image_processor)
+    sampler = processor.image_processor.batch_sampler(dataset.sizes, max_patches_per_batch)
+    read: list[Path] = []
     vectors = []
-    for batch in DataLoader([str(path) for path in paths], batch_sampler=sampler, collate_fn=images.collate):
-        hidden_states = batch["hidden_states"].to(model.device)
-        vectors.append(model.get_image_features(hidden_states, batch["grid_thw"]).pooler_output)
-    return torch.nn.functional.normalize(torch.cat(vectors), dim=1).cpu()
+    for names, hidden_states, grid_thw in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate):
+        if names:
+            read += map(Path, names)
+            vectors.append(model.get_image_features(hidden_states.to(model.device), grid_thw).pooler_output)
+    if not read:
+        raise ValueError(f"None of {len(paths)} pictures can be read.")
+    return read, torch.nn.functional.normalize(torch.cat(vectors), dim=1).cpu()
 
 
 def read_features(features: Path, folder: Path, checkpoint: str | None) -> tuple[list[Path], torch.Tensor]:
@@ -125,8 +133,7 @@ def contact_sheet(queries: list[str], hits: list[list[tuple[float, Path]]], titl
         draw.text((MARGIN, top), query, "black", font)
         for column, (score, path) in enumerate(found):
             left = MARGIN + cell * column
-            with PIL.Image.open(path) as picture:
-                upright = PIL.ImageOps.exif_transpose(picture).convert("RGB")
+            upright = PIL.ImageOps.exif_transpose(open_image(path)).convert("RGB")
             thumbnail = PIL.ImageOps.contain(upright, (THUMBNAIL, THUMBNAIL))
             sheet.paste(thumbnail, (left, top + LINE))
             draw.text((left, top + LINE + THUMBNAIL), f"{score:.3f}  {path.name}"[:26], "black", font)
@@ -150,11 +157,9 @@ def main() -> None:
         paths, pictures = read_features(arguments.features, arguments.folder, arguments.checkpoint)
         processor, model = load(arguments.checkpoint)
     else:
-        paths = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise ValueError(f"{arguments.folder} holds no picture with one of the suffixes {sorted(SUFFIXES)}.")
+        files = image_files(arguments.folder)
         processor, model = load(arguments.checkpoint)
-        pictures = embed_pictures(paths, processor, model)
+        paths, pictures = embed_pictures(files, processor, model)
     words = embed_words(arguments.queries, processor, model)
     if words.shape[1] != pictures.shape[1]:
         raise ValueError(

@@ -16,8 +16,16 @@ out; the order of files and rows does not matter.
 
 import argparse
 import dataclasses
+import sys
 
-from loading import run  # first: it says what is not installed
+from loading import REPO, run  # first: it says what is not installed
+
+
+try:
+    # The corpus' modules import it, and say less.
+    import pyarrow as pa
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. What is needed: pip install -r {REPO}/requirements-scale.txt")
 
 
 # isort: split
@@ -43,8 +51,11 @@ def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     if not fs.exists(path):
         raise FileNotFoundError(f"{output} does not exist: give what extract_features.py was given as --output.")
     # What is no Parquet file begins with a dot, and pyarrow passes over it.
-    dataset = ds.dataset(path, filesystem=fs, format="parquet")
-    table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("embedding").is_valid())
+    try:
+        dataset = ds.dataset(path, filesystem=fs, format="parquet")
+        table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("embedding").is_valid())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{output} is no output of extract_features.py: {error}") from error
     if not len(table):
         raise ValueError(f"{output} holds no row with an embedding.")
     column = table["embedding"].combine_chunks()

@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 
-# Far more cases, and others each time, for a change of what is fuzzed: `pytest --hypothesis-profile thorough`.
+# Far more cases, and others each time, for a change of what is fuzzed:
+# `pytest --hypothesis-profile thorough --timeout 0`.
 settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")

@@ -4,7 +4,7 @@
 A conversion that is killed, runs out of disk or meets an error leaves either the finished repo or what was there.
 
 Both kinds of kill are run in full with AIMV2_PACKING_KILLS=100: so many at random moments, and one at every single
-file-system operation; by default a few of each.
+file-system operation, which takes `--timeout 0` too; by default a few of each.
 """
 
 import errno

@@ -229,6 +229,13 @@ def test_origin_is_what_git_knows(tmp_path, monkeypatch):
     assert origin() == f"commit {commit} of a clone that names no remote repo"
     git("remote", "add", "origin", "https://alice:secret@example.org/a/b.git")
     assert origin() == f"commit {commit} of https://example.org/a/b.git"
+    git("remote", "set-url", "origin", "git@example.org:a/b.git")
+    assert origin() == f"commit {commit} of git@example.org:a/b.git"
+    # A folder of this machine is no repo to others, and its path is nobody's business.
+    for url in (tmp_path, f"file://{tmp_path}", "../other", "C:\\other"):
+        git("remote", "set-url", "origin", str(url))
+        assert origin() == f"commit {commit} of a clone that names no remote repo"
+    git("remote", "set-url", "origin", "https://example.org/a/b.git")
     code.write_text("2\n")
     assert origin() == f"commit {commit} with changes that are not committed of https://example.org/a/b.git"
     (tmp_path / "clone" / "copy").mkdir()

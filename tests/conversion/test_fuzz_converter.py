@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Random damage to checkpoints: the converter gives exactly the tensors that are stored, or a clear error and no file.
-`pytest --hypothesis-profile thorough` tries many more cases.
+`pytest --hypothesis-profile thorough --timeout 0` tries many more cases.
 """
 
 import json

@@ -87,10 +87,13 @@ class OneByOne:
         return inputs["grid_thw"][0].tolist(), self.model(**inputs)
 
 
-def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen:
-    """The command as a user runs it."""
+def start(*arguments: object, cwd: Path | None = None, setup: str = "") -> subprocess.Popen:
+    """The command as a user runs it, or after the Python code `setup`."""
+    script = str(REPO / "extract_features.py")
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r})\n{setup}\n"
+    code += f"import runpy; sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
     return subprocess.Popen(
-        [sys.executable, str(REPO / "extract_features.py"), *map(str, arguments)],
+        [sys.executable, *(["-c", code] if setup else [script]), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         stdout=subprocess.PIPE,

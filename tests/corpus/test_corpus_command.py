@@ -3,6 +3,7 @@
 """What the command says, and how it ends: one line for each thing that goes wrong, and never a traceback."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from corpora import IMAGES, copy_of, extract, rows_of, write_images
 from reference import REPO
@@ -112,7 +112,8 @@ def test_a_killed_decoder_ends_the_run_and_loses_nothing(head_repo: Path, tmp_pa
     source = write_images(tmp_path / "in", images)
 
     def kill_a_decoder() -> None:
-        for process in psutil.Process().children():
+        # No other children: a tracker of resources, say.
+        for process in multiprocessing.active_children():
             process.kill()
 
     with monkeypatch.context() as patch:
@@ -181,16 +182,13 @@ def test_an_object_store_whose_package_is_missing_is_one_line(arguments: list[ob
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 def test_a_wrong_address_is_one_line(arguments: list[object], monkeypatch) -> None:
     pytest.importorskip("ray", reason="needs requirements-scale.txt")
-    address = f"127.0.0.1:{free_port()}"
-    message = main(monkeypatch, *arguments, "--address", address)
+    # Held without listening, so that no other process takes the port.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        message = main(monkeypatch, *arguments, "--address", address)
     assert message == f"extract_features.py: Nothing answers at `--address` {address} (Connection refused)."
 
 

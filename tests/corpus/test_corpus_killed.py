@@ -4,6 +4,7 @@
 The command through killed runs, killed workers and Ctrl-C, on both engines, against one image at a time.
 
 `AIMV2_PACKING_IMAGES=2000 AIMV2_PACKING_KILLS=10` makes the corpus larger and kills more runs, at random moments.
+That takes longer than a test may: `--timeout 0`.
 """
 
 import contextlib
@@ -58,9 +59,32 @@ def is_corrupt(name: str) -> bool:
     return int(Path(name).stem) % 100 == 50
 
 
+# However late it is seen, a run has work left after its first file: it encodes no more, or, where other processes
+# encode, it publishes no more.
+ENCODES_NO_MORE = """
+import time
+from corpus.sink import Sink
+from corpus.stages import Encoder
+
+publish, encode, published = Sink.publish, Encoder.encode, []
+Sink.publish = lambda self, *arguments: published.append(publish(self, *arguments))
+Encoder.encode = lambda self, batch: time.sleep(600) if published else encode(self, batch)
+"""
+PUBLISHES_NO_MORE = """
+import time
+from corpus.sink import Sink
+
+publish = Sink.publish
+Sink.publish = lambda self, *arguments: (publish(self, *arguments), time.sleep(600))
+"""
+
+
 def wait_for_a_file(output: Path, run: subprocess.Popen) -> None:
-    before = len(list(output.glob("*.parquet")))
-    while len(list(output.glob("*.parquet"))) == before and run.poll() is None:
+    before, end = len(list(output.glob("*.parquet"))), time.monotonic() + 300
+    while len(list(output.glob("*.parquet"))) == before:
+        if run.poll() is not None or time.monotonic() > end:
+            run.kill()
+            pytest.fail(f"it published nothing: {run.communicate(timeout=60)[0]}")
         time.sleep(0.01)
 
 
@@ -81,14 +105,14 @@ def killed_in_process(head_repo: Path, corpus: Path, tmp_path_factory: pytest.Te
     arguments = command(head_repo, corpus, output, "--rows-per-file", 16, "--patches-per-batch", 4096)
     moments = random.Random(0)
     for kill in range(KILLS):
-        run = start(*arguments)
+        run = start(*arguments, setup="" if kill else ENCODES_NO_MORE)
         wait_for_a_file(output, run)
         time.sleep(moments.uniform(0, 2) if kill else 0)
         run.kill()
         run.wait()
     assert 0 < len(rows_of(output)) < IMAGES
 
-    run = start(*arguments)
+    run = start(*arguments, setup=ENCODES_NO_MORE)
     wait_for_a_file(output, run)
     run.send_signal(signal.SIGINT)
     printed, _ = run.communicate(timeout=600)
@@ -109,17 +133,15 @@ def killed_on_ray(head_repo: Path, corpus: Path, tmp_path_factory: pytest.TempPa
     options = ("--num-workers", 2, "--rows-per-file", 16, "--patches-per-batch", 4096)
     arguments = command(head_repo, corpus, output, *options)
     moments = random.Random(0)
-    unfinished = 0
     for kill in range(KILLS):
-        run = start(*arguments, cwd=elsewhere)
-        if kill == 0:
-            wait_for_a_file(output, run)
-        else:
+        run = start(*arguments, cwd=elsewhere, setup="" if kill else PUBLISHES_NO_MORE)
+        if kill:
             time.sleep(moments.uniform(0, 60))
-        unfinished += run.poll() is None
+        else:
+            wait_for_a_file(output, run)
+            assert run.poll() is None
         run.kill()
         run.wait()
-    assert unfinished
 
     run, struck = start(*arguments, cwd=elsewhere), 0
     while run.poll() is None and struck < KILLS:

@@ -90,8 +90,18 @@ from corpus.run import run
 from corpus.stages import Encoder
 
 in_process.decoders = lambda device: 2
-encode = Encoder.encode
-Encoder.encode = lambda self, batch: (print("batch", flush=True), time.sleep(0.2), encode(self, batch))[-1]
+encode, batches = Encoder.encode, []
+
+
+def stalling(self, batch):
+    batches.append(batch)
+    print("batch", flush=True)
+    if len(batches) == 4:
+        time.sleep(600)
+    return encode(self, batch)
+
+
+Encoder.encode = stalling
 model, source, output = sys.argv[1:]
 run(Options(model, [source], output, patches_per_batch=256, max_patches=256))
 """
@@ -118,8 +128,8 @@ def test_workers_end_with_the_command(head_repo: Path, tmp_path: Path, end: sign
         # What has no name is gone with the last process that holds it, however that ends.
         assert not [name for name in maps + opened if "/dev/shm/" in name and not name.endswith(" (deleted)")]
     run.send_signal(end)
-    run.wait(timeout=30)
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    run.wait(timeout=120)
+    _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
     if end == signal.SIGINT:
         assert 0 < len(rows_of(tmp_path / "out")) < len(MANY)

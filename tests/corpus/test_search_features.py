@@ -68,6 +68,16 @@ def test_a_query_without_a_vector_is_refused(rows, monkeypatch: pytest.MonkeyPat
         assert f"{query} is no id of" in capsys.readouterr().err
 
 
+def test_what_is_no_output_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("empty", "other", "texts"):
+        (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "other/a.parquet")
+    (tmp_path / "texts/a.txt").write_text("a")
+    for name in ("empty", "other", "texts"):
+        with pytest.raises(SystemExit, match=f"error: {tmp_path / name} is no output of extract_features.py"):
+            run(monkeypatch, tmp_path / name, "--query", "a")
+
+
 def found(capsys: pytest.CaptureFixture) -> list[tuple[str, float]]:
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     return [(id_, float(value)) for value, id_ in lines]

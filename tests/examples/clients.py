@@ -33,14 +33,14 @@ class Recorded:
 
     def __call__(self, samples: list) -> list:
         self.batches.append(samples)
-        assert self.may_go_on.wait(60)
+        assert self.may_go_on.wait(300)
         return self.encoder(samples)
 
 
 @contextmanager
 def serving(app) -> Iterator[int]:
     """The port of a server in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=10))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -51,8 +51,8 @@ def serving(app) -> Iterator[int]:
         thread.join()
 
 
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition) -> None:
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -86,7 +86,12 @@ def answer(port: int, body: bytes, path: str = "/v1/embeddings") -> tuple[int, d
 
 
 def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=30)
+    return socket.create_connection(("127.0.0.1", port), timeout=120)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def head(length: int, path: str = "/v1/embeddings") -> bytes:

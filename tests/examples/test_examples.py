@@ -80,7 +80,8 @@ def test_the_first_features(run, checkpoint):
 
 
 def test_without_a_checkpoint(run):
-    status, printed, _ = run("feature_extraction")
+    status, printed, said = run("feature_extraction")
+    assert said == "No --checkpoint: the weights are random, and what follows says nothing of AIMv2.\n"
     assert status == 0 and "cat.jpg: map (1, 21, 32, 256), mean (256,)" in printed
 
 
@@ -320,13 +321,17 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
-def test_a_missing_package_is_one_line_that_installs_it(tmp_path, command):
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [*((command, "torch") for command in COMMANDS), (EXAMPLES / "search_features.py", "pyarrow")],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_a_missing_package_is_one_line_that_installs_it(tmp_path, command, package):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     arguments = [sys.executable, str(command), "x"]
     result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and result.stderr.startswith("error: No module named torch. ")
+    assert result.returncode == 1 and result.stderr.startswith(f"error: No module named {package}. ")
     assert result.stderr.count("\n") == 1 and f"pip install -r {REPO}/requirements" in result.stderr
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -104,12 +105,19 @@ def test_images_of_ones_own_and_a_model_repo_to_load(tmp_path: Path, kind: str) 
 
 def test_killed_run_goes_on_to_the_same_weights(one_process: tuple[Path, str], tmp_path: Path) -> None:
     arguments = (tmp_path, *SHORT, "--gradient-accumulation-steps", 2)
-    run = start(*arguments)
-    while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
-        assert run.poll() is None, run.communicate()[0]
+    run, state, end = start(*arguments), tmp_path / "checkpoint-12" / "trainer_state.json", time.monotonic() + 300
+    # The last file of a checkpoint is there, and whole.
+    while not state.exists() or not state.read_text().endswith("}\n"):
+        assert run.poll() is None and time.monotonic() < end, run.communicate(timeout=60)[0]
         time.sleep(0.05)
     run.kill()
     run.communicate()
+    # And what a kill leaves while a checkpoint is written, at two moments.
+    for step, text in ((18, None), (20, "{")):
+        cut = shutil.copytree(state.parent, tmp_path / f"checkpoint-{step}")
+        (cut / state.name).unlink()
+        if text:
+            (cut / state.name).write_text(text)
     finish(start(*arguments))
     expected = load_file(one_process[0] / "model.safetensors")
     assert_tensors_close(load_file(tmp_path / "model.safetensors"), expected, 1e-6)

@@ -6,11 +6,8 @@ import asyncio
 import base64
 import dataclasses
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +27,9 @@ from clients import (
     embed_image,
     head,
     health,
+    image_request,
     jpeg,
+    listens,
     message,
     openai,
     read_answer,
@@ -39,6 +38,7 @@ from clients import (
 )
 from reference import REPO
 from sentence_transformers import SentenceTransformer
+from served import start_server
 
 
 PHOTOGRAPHS = sorted((REPO / "examples" / "photographs").glob("*.jpg"))
@@ -118,13 +118,16 @@ def test_images_that_wait_share_a_forward_of_the_budget(serve, native_encoder, b
 
 
 def test_a_crowd_is_answered_or_sent_away_and_no_vector_is_anothers(serve, native_encoder):
-    images = [jpeg(seed) for seed in range(120)]
+    """Nothing is encoded before the first was sent away: else none might be, where requests come slowly."""
+    recorded, images = Recorded(native_encoder), [jpeg(seed) for seed in range(120)]
+    recorded.may_go_on.clear()
     expected = as_encoded(native_encoder, images)
 
     async def embedded(each, image: bytes) -> torch.Tensor | None:
         try:
             return torch.tensor((await embed_image(each, image, encoding_format="float")).data[0].embedding)
         except openai.APIStatusError as error:
+            recorded.may_go_on.set()
             assert (error.status_code, error.response.headers["retry-after"]) == (503, "1")
             assert "24 requests" in error.body["message"]
             return None
@@ -133,7 +136,7 @@ def test_a_crowd_is_answered_or_sent_away_and_no_vector_is_anothers(serve, nativ
         async with client(port, openai.AsyncOpenAI) as each:
             return await asyncio.gather(*(embedded(each, image) for image in images))
 
-    with serving(serve.create_app(native_encoder, "aimv2", serve.Limits(requests=24))) as port:
+    with serving(serve.create_app(recorded, "aimv2", serve.Limits(requests=24))) as port:
         vectors = asyncio.run(load(port))
         answered = [index for index, vector in enumerate(vectors) if vector is not None]
         assert len(answered) >= 24 and len(answered) < len(images)
@@ -188,8 +191,15 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def narrow_port(serve, encoder) -> Iterator[int]:
-    limits = serve.Limits(body_bytes=65536, pixels=1_000_000, texts=4, characters=100, read_seconds=1)
+    limits = serve.Limits(body_bytes=65536, pixels=1_000_000, texts=4, characters=100, read_seconds=60)
     with serving(serve.create_app(encoder, "aimv2-lit", limits)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def hasty_port(serve, encoder) -> Iterator[int]:
+    """For requests of one packet, which arrive at once or not at all."""
+    with serving(serve.create_app(encoder, "aimv2-lit", serve.Limits(read_seconds=1))) as port:
         yield port
 
 
@@ -220,24 +230,24 @@ def test_a_body_that_is_no_request_is_an_error_of_the_client(body, narrow_port):
     assert status == 400 and error["error"]["message"]
 
 
-def test_slow_and_broken_clients_hold_nobody_up(narrow_port):
-    with connect(narrow_port) as slow, connect(narrow_port) as silent, connect(narrow_port) as half_a_head:
+def test_slow_and_broken_clients_hold_nobody_up(hasty_port):
+    with connect(hasty_port) as slow, connect(hasty_port) as silent, connect(hasty_port) as half_a_head:
         slow.sendall(head(1000) + b'{"input": ')
         half_a_head.sendall(b"POST /v1/embed")
-        with connect(narrow_port) as garbage:
+        with connect(hasty_port) as garbage:
             garbage.sendall(b"\x16\x03\x01\x02\x00 what\r\n\r\n")
             assert b" 400 " in garbage.recv(65536)
-        with connect(narrow_port) as gone:
+        with connect(hasty_port) as gone:
             gone.sendall(head(1000) + b'{"input": ')
-        assert answer(narrow_port, TEXT)[0] == 200
+        assert answer(hasty_port, TEXT)[0] == 200
         status, error = read_answer(slow)
         assert status == 408 and "1 seconds" in error["error"]["message"]
-        assert answer(narrow_port, TEXT)[0] == 200
+        assert answer(hasty_port, TEXT)[0] == 200
         silent.close()
-    wait_for(lambda: health(narrow_port) == {"status": "ok", "requests": 0})
+    wait_for(lambda: health(hasty_port) == {"status": "ok", "requests": 0})
 
 
-def test_who_has_left_is_not_encoded(serve, encoder):
+def test_who_has_left_is_not_encoded(serve, encoder, batchers):
     recorded = Recorded(encoder)
     with serving(serve.create_app(recorded, "aimv2-lit", serve.Limits(wait_seconds=0))) as port:
         recorded.may_go_on.clear()
@@ -246,7 +256,7 @@ def test_who_has_left_is_not_encoded(serve, encoder):
             wait_for(lambda: len(recorded.batches) == 1)
             body = json.dumps({"input": "never seen"}).encode()
             leaves.sendall(head(len(body)) + body)
-            wait_for(lambda: health(port)["requests"] == 2)
+            wait_for(lambda: len(batchers[0].waiting) == 1)
             leaves.close()
             wait_for(lambda: health(port)["requests"] == 1)
             recorded.may_go_on.set()
@@ -269,45 +279,44 @@ def test_a_forward_that_fails_fails_its_requests_alone(serve, encoder):
         assert health(port) == {"status": "ok", "requests": 0}
 
 
-def test_a_stop_under_load_answers_what_has_arrived(checkpoint):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, str(REPO / "examples" / "serve.py"), "--checkpoint", checkpoint, "--port", str(port)]
-    server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    statuses: list[int | str] = []
+def test_a_stop_under_load_answers_what_has_arrived(checkpoint, tmp_path):
+    """The server is told to stop while it encodes, and while bodies arrive: these end when it has begun to stop."""
+    log = tmp_path / "log"
+    server, port = start_server(log, "--checkpoint", checkpoint, "--read-seconds", 120, folder=REPO)
+    answered: list[int] = []
 
-    async def load() -> None:
+    async def load(count: int) -> None:
         async with client(port, openai.AsyncOpenAI) as each:
 
             async def ask(index: int) -> None:
-                try:
-                    await embed_image(each, jpeg(index), model=checkpoint)
-                    statuses.append(200)
-                except openai.APIStatusError as error:
-                    statuses.append(error.status_code)
-                except openai.APIConnectionError as error:
-                    statuses.append(type(error.__cause__).__name__)
+                await embed_image(each, jpeg(index), model=checkpoint)
+                answered.append(index)
 
-            asked = [asyncio.create_task(ask(index)) for index in range(60)]
-            while not statuses:
-                await asyncio.sleep(0.001)
+            asked = asyncio.gather(*(ask(index) for index in range(count)))
+            before, arrived = 0, 0
+            while before + arrived < count + len(late):
+                before, arrived = len(answered), (await asyncio.to_thread(health, port))["requests"]
             server.send_signal(signal.SIGTERM)
-            await asyncio.gather(*asked)
+            await asked
 
+    bodies = [json.dumps(image_request(jpeg(seed))).encode() for seed in range(20)]
+    late = [connect(port) for _ in bodies]
     try:
-        wait_for(lambda: listens(port), 120)
-        asyncio.run(load())
-        _, log = server.communicate(timeout=60)
+        for connection, body in zip(late, bodies, strict=True):
+            connection.sendall(head(len(body)) + body[:100])
+        with ThreadPoolExecutor(1) as thread:
+            loading = thread.submit(asyncio.run, load(60))
+            wait_for(lambda: loading.done() or not listens(port))
+            for connection, body in zip(late, bodies, strict=True):
+                connection.sendall(body[100:])
+            statuses = [read_answer(connection)[0] for connection in late]
+            loading.result()
+        server.wait(timeout=120)
     finally:
         server.kill()
-    assert statuses.count(200) >= 1 and set(statuses) <= {200, "ConnectError"}
-    assert "Application shutdown complete" in log and "Traceback" not in log
+    assert len(answered) == 60 and statuses == [200] * len(late)
+    assert "Application shutdown complete" in log.read_text() and "Traceback" not in log.read_text()
     assert server.returncode in (0, -signal.SIGTERM)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_page_has_the_limits(serve):

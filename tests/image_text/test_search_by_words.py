@@ -72,6 +72,20 @@ def test_pictures_are_found_and_shown(repo, expected, tmp_path):
         assert len(sheet.getcolors(sheet.width * sheet.height)) > 1000
 
 
+def test_every_format_is_searched_and_what_is_broken_is_said(repo, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    PIL.Image.open(PHOTOGRAPHS / "cat.jpg").save(pictures / "cat.tif")
+    PIL.Image.open(PHOTOGRAPHS / "cat.jpg").save(pictures / "nameless", format="PNG")
+    (pictures / "broken.jpg").write_bytes(b"none")
+    result = search(tmp_path, "--checkpoint", repo, "--folder", pictures, "a cat")
+    assert result.returncode == 0, result.stderr
+    assert {line.split()[1] for line in result.stdout.splitlines()[1:3]} == {
+        str(pictures / name) for name in ("cat.tif", "nameless")
+    }
+    assert f"skipped {pictures / 'broken.jpg'}: " in result.stderr
+
+
 def test_features_spare_the_pictures_encoding(repo, expected, tmp_path):
     features = projected(repo, tmp_path / "features")
     result = search(tmp_path, "--checkpoint", repo, "--top", 3, "--features", features, *QUERIES)
@@ -93,7 +107,7 @@ def test_what_cannot_be_searched_is_one_line(repo, tmp_path):
     features = projected(repo, tmp_path / "features", pooling="mean")
     for arguments, message in (
         (("--checkpoint", vision), "has no text encoder, only a vision tower"),
-        (("--checkpoint", repo, "--folder", empty), "holds no picture"),
+        (("--checkpoint", repo, "--folder", empty), "holds no image"),
         (("--checkpoint", repo, "--features", features), "only projected features compare with words"),
     ):
         result = search(tmp_path, *arguments, "a cat")

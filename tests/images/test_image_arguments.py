@@ -7,7 +7,9 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image
+from reference import REPO
 from test_image_processing import BACKENDS, load, noise
+from transformers import AutoProcessor
 
 
 RGB, GRAY = PIL.Image.fromarray(noise(42, 56, 3)), noise(42, 56)
@@ -47,6 +49,14 @@ def test_settings_that_mean_nothing_are_refused_by_name(processor, name, value):
 def test_a_configuration_is_checked_as_a_call_is(name, value):
     with pytest.raises(ValueError, match=name):
         load("pil", **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_pixels", 1000), ("max_patches", "64"), ("rescale_factor", 0.0)])
+def test_what_auto_processor_swallows_is_logged(name, value, caplog):
+    # It says of any error only that there is no processor.
+    with pytest.raises(ValueError, match="Unrecognized processing class"):
+        AutoProcessor.from_pretrained(str(REPO), trust_remote_code=True, **{name: value})
+    assert name in caplog.text and caplog.records[-1].levelname == "ERROR"
 
 
 @pytest.mark.parametrize("value", [None, "channels_first"])

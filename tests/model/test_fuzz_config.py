@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Random JSON as a configuration: one that a model can be built from and that survives the way to disk and back, or a
-clear error. `pytest --hypothesis-profile thorough` tries many more cases.
+clear error. `pytest --hypothesis-profile thorough --timeout 0` tries many more cases.
 """
 
 import dataclasses

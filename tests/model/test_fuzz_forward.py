@@ -3,7 +3,7 @@
 """
 `forward` on random arguments: a right result, or a ValueError that names the argument; inputs are never changed.
 
-Thousands of cases: `pytest tests/model/test_fuzz_forward.py --hypothesis-profile=thorough`.
+Thousands of cases: `pytest tests/model/test_fuzz_forward.py --hypothesis-profile=thorough --timeout 0`.
 """
 
 import copy

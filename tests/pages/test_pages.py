@@ -7,11 +7,9 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from page import Page, Step
 from PIL import Image
 from reference import REPO, hub_module, reference_model
 from scaling import make_model_repo
+from served import start_server
 
 from conversion.repo_kinds import RepoKind
 
@@ -33,9 +32,6 @@ from conversion.repo_kinds import RepoKind
 DOCS = sorted(str(path.relative_to(REPO)) for path in (REPO / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *DOCS]
 LANGUAGES = {"python", "bash", "text", "bibtex"}
-
-with socket.create_server(("127.0.0.1", 0)) as free:
-    SERVER_PORT = free.getsockname()[1]
 
 # What stands for what in code and commands, in this order.
 SUBSTITUTES = {
@@ -45,7 +41,6 @@ SUBSTITUTES = {
     "--model REPO": "--model aimv2-large-packed",
     "s3://bucket/": "bucket/",
     "PICTURES": "photographs",
-    "localhost:8000": f"127.0.0.1:{SERVER_PORT}",
     "--output runs/digits": "--output runs/digits --steps 2",
     "python benchmarks/preprocessing.py": "python benchmarks/preprocessing.py --images 1 --rounds 2",
 }
@@ -113,7 +108,7 @@ NOT_RUN = {
     (
         "docs/serving.md",
         "python examples/serve.py --checkpoint aimv2-lit-packed",
-    ): "is started by `start_server`",
+    ): "is started by `prepare_serving`",
     (
         "docs/serving.md",
         "python benchmarks/serving.py --device cuda --dtype bfloat16 --rates 100 200 400 800 1600",
@@ -266,20 +261,11 @@ def prepare_corpus(folder: Path, names: dict) -> None:
     shutil.copytree(folder / "photographs", folder / "bucket" / "parquet")
 
 
-def start_server(folder: Path, names: dict) -> None:
+def prepare_serving(folder: Path, names: dict) -> None:
     """Another process, as the page's command starts it; ended by its check, or with this one."""
-    command = [sys.executable, "examples/serve.py", "--checkpoint", "aimv2-lit-packed", "--port", str(SERVER_PORT)]
-    names["server"] = subprocess.Popen(command, cwd=folder)
+    names["server"], port = start_server(folder / "log", "--checkpoint", "aimv2-lit-packed", folder=folder)
     atexit.register(names["server"].kill)
-    end = time.monotonic() + 120
-    while not listens(SERVER_PORT):
-        assert names["server"].poll() is None and time.monotonic() < end
-        time.sleep(0.1)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex(("127.0.0.1", port)) == 0
+    SUBSTITUTES["localhost:8000"] = f"127.0.0.1:{port}"
 
 
 def without_conversions(folder: Path, names: dict) -> None:
@@ -310,7 +296,7 @@ def check_image_text(folder: Path, names: dict) -> None:
 
 def check_serving(folder: Path, names: dict) -> None:
     names["server"].terminate()
-    names["server"].wait()
+    names["server"].wait(timeout=120)
     assert [len(vector) for vector in names["vectors"]] == [40] * 3
 
 
@@ -338,7 +324,7 @@ PREPARE: dict[str, Callable[[Path, dict], None]] = {
     "docs/converting.md": without_conversions,
     "docs/corpus.md": prepare_corpus,
     "docs/image_text.md": without_image_text,
-    "docs/serving.md": start_server,
+    "docs/serving.md": prepare_serving,
     "docs/training.md": prepare_images,
 }
 CHECK: dict[str, Callable[[Path, dict], None]] = {
