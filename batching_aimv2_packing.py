@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler, default_collate, get_worker_info
 
-from .layout_aimv2_packing import unpack_features
+from .layout_aimv2_packing import kind_of, unpack_features
 
 
 # Images that are packed together when shuffling: enough to fill nearly every batch, few enough to stay random.
@@ -86,16 +86,17 @@ def merge_patches(features: torch.Tensor, grid_thw: torch.Tensor, merge_size: in
         tensor([[0., 1., 4., 5.],
                 [2., 3., 6., 7.]])
     """
-    if features.ndim != 2:
-        raise ValueError(f"`features` must be (total_patches, hidden_size), got shape {tuple(features.shape)}.")
-    if merge_size < 1 or (grid_thw[:, 1:] % merge_size).any():
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise ValueError(f"`features` must be a tensor of shape (total_patches, hidden_size), got {kind_of(features)}.")
+    images = unpack_features(features, grid_thw)
+    if merge_size < 1 or any(side % merge_size for image in images for side in image.shape[1:3]):
         raise ValueError(
             f"Rows and columns of `grid_thw` must be multiples of `merge_size`, {merge_size}, got {grid_thw.tolist()}: "
             "give the image processor the same `merge_size`."
         )
     squares = [
         image.unflatten(2, (-1, merge_size)).unflatten(1, (-1, merge_size)).transpose(2, 3).flatten(0, 2)
-        for image in unpack_features(features, grid_thw)
+        for image in images
     ]
     return torch.cat([features[:0].view(0, merge_size, merge_size, features.shape[1]), *squares]).flatten(1)
 

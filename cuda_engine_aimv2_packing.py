@@ -235,7 +235,7 @@ class Engine:
         self.all_norms = [*self.norms, *(layer.norm2 for layer in self.layers), self.embeddings.rms_norm]
         self.memory = memory_of(parameters)
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
-        self.hidden_size, self.head_dim = config.hidden_size, config.hidden_size // config.num_attention_heads
+        self.hidden_size, self.head_dim = config.hidden_size, self.layers[0].attention.head_dim
         self.patch_dim = config.num_channels * config.patch_size**2
         half_on_hopper = self.device.type == "cuda" and self.dtype in HALF and capability_of(self.device)[0] == 9
         # Measured on Hopper; docs/kernels.md.
@@ -269,7 +269,7 @@ class Engine:
 
     def new_buffers(self, patches: int) -> Buffers:
         hidden_size = self.hidden_size
-        attended, size = (max(own, default=0) for own in zip(*(layer.widths for layer in self.layers), strict=True))
+        attended, size = map(max, zip(*(layer.widths for layer in self.layers), strict=True))
         widths = (hidden_size, hidden_size, attended, size, max(3 * attended, 0 if self.fuses_gate else 2 * size))
         like = {"dtype": self.dtype, "device": self.device}
         padded = torch.zeros(patches, -(-self.patch_dim // 8) * 8, **like)
@@ -447,15 +447,17 @@ def refusal(model: nn.Module, hidden_states: torch.Tensor, layout: PackedLayout 
 
 def refusal_of_state(model: nn.Module, device: torch.device) -> tuple[bool, str | None]:
     """Whether PyTorch has flash attention for this model, and why the model as it is cannot run here, or `None`."""
-    config, dtype = model.config, model.rms_norm.weight.dtype
+    layers, dtype = model.encoder.layers, model.rms_norm.weight.dtype
     if triton is None:
         return False, "Triton is not installed"
     if torch.version.cuda is None:
         return False, "this PyTorch is not built for CUDA"
-    activations = {type(layer.ffn.act_fn).__name__ for layer in model.encoder.layers}
+    if not layers:
+        return False, "the model has no layers"
+    activations = {type(layer.ffn.act_fn).__name__ for layer in layers}
     if activations - {"SiLU", "SiLUActivation"}:
         return False, f"the activation is {', '.join(sorted(activations))}"
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = layers[0].attention.head_dim
     if head_dim % 8 or head_dim > 256:
         return False, f"no attention kernel takes heads of size {head_dim}"
     if dtype not in (torch.float32, *HALF):

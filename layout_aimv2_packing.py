@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.utils import TransformersKwargs
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
@@ -231,8 +232,8 @@ def axis_taps(size: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
     Which of `num_positions` learned positions along an axis bicubic interpolation to `size` reads, and their weights,
     `(size, 4)` each: what transformers computes for an image whose other axis has as many patches as positions.
     """
-    # Values, also where tensors are without: under torch.export.
-    with _disable_current_modes():
+    # Values, also where tensors are without: under torch.export, and in transforms of torch.func.
+    with _disable_current_modes(), temporarily_clear_interpreter_stack():
         grid_thw = torch.tensor([[1, size, num_positions]], device="cpu")
         computed = get_vision_interpolation_indices_and_weights(grid_thw, num_positions, mode="bicubic")
         # There the second tap of the first column is position 0, and has all the weight.
@@ -323,10 +324,7 @@ def read_segments(cu_seqlens: torch.Tensor, max_seqlen: int | None, num_patches:
         raise ValueError(f"`cu_seqlens` describes {values[-1]} patches, but `hidden_states` holds {num_patches}.")
     longest = max(lengths, default=0)
     validate_max_seqlen(longest if max_seqlen is None else max_seqlen, longest)
-    return {
-        "runs": equal_length_runs(lengths),
-        "max_seqlen": longest if max_seqlen is None else int(max_seqlen),
-    }
+    return {"runs": equal_length_runs(lengths), "max_seqlen": longest}
 
 
 def with_runs(layout: PackedLayout, num_patches: int) -> PackedLayout:
@@ -374,8 +372,10 @@ def unpack_features(features: torch.Tensor, grid_thw: torch.Tensor) -> list[torc
         `list[torch.Tensor]`: Views of `features`, each of shape `(t, h, w, ...)`.
 
     Raises:
-        ValueError: `grid_thw` is not as above, or does not describe as many patches as `features` holds.
+        ValueError: one of them is not as above, or `grid_thw` does not describe as many patches as `features` holds.
     """
+    if not isinstance(features, torch.Tensor) or features.ndim == 0:
+        raise ValueError(f"`features` must be a tensor of shape (total_patches, ...), got {kind_of(features)}.")
     grids = validate_grid_thw(grid_thw)
     lengths = [t * h * w for t, h, w in grids]
     if sum(lengths) != len(features):
@@ -537,7 +537,8 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
                 "`layout` must be computed with the model's configuration: with "
                 f"`merge_temporal={config.merge_temporal}` there are {expected} segments, got {num_segments}."
             )
-    validate_max_seqlen(layout.max_seqlen, max((length for _, length in runs), default=0))
+    longest = max((length for _, length in runs), default=0)
+    validate_max_seqlen(layout.max_seqlen, longest)
     if not config.is_native and layout.num_grid_per_side not in (None, config.image_size // config.patch_size):
         side, own = layout.num_grid_per_side, config.image_size // config.patch_size
         raise ValueError(
@@ -546,9 +547,7 @@ def validate_layout(layout: Any, num_patches: int, config: Aimv2PackingConfig) -
         )
     tensors = layout.tensors()
     validate_positions(tensors, num_patches)
-    if any(value.dtype != INDEX_DTYPES.get(name, value.dtype) for name, value in tensors.items()):
-        layout = replace(layout, **in_own_dtypes(tensors))
-    return layout
+    return replace(layout, max_seqlen=longest, **in_own_dtypes(tensors))
 
 
 def in_own_dtypes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -384,7 +384,7 @@ class Aimv2PackingPatchEmbed(nn.Conv2d):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         patches, weight = patches.to(self.weight.dtype), self.weight.flatten(1)
-        if patches.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16):
+        if patches.device.type == "cpu":
             # oneDNN's AMX kernels read past a row that fills no tile, into the next image: its NaN times 0 is NaN.
             padding = -weight.shape[1] % 32
             patches, weight = F.pad(patches, (0, padding)), F.pad(weight, (0, padding))
@@ -422,7 +422,7 @@ class Aimv2PackingEmbeddings(nn.Module):
             return sincos(sides, num_frequencies).flatten(1)
         # A row or column recurs in every image: few values are computed, and many looked up.
         table = sincos(torch.arange(layout.num_positions, device=sides.device), num_frequencies)
-        return table.to(self.rms_norm.weight.dtype)[sides].flatten(1)  # (N, 2, D / 2) -> (N, D)
+        return F.embedding(sides, table.to(self.rms_norm.weight.dtype)).flatten(1)  # (N, 2, D / 2) -> (N, D)
 
     def learned_positions(self, layout: PackedLayout) -> torch.Tensor:
         # (N, 16) taps make one product of (N, positions) and (positions, D): a sum of looked up rows has no second

@@ -104,6 +104,7 @@ def test_merging_frames_and_nothing(processor):
     merged.sum().backward()
     assert features.grad.eq(1).all()
     assert merge(features[:0], grid_thw[:0], 2).shape == (0, 20)
+    assert torch.equal(merge(features, grid_thw.to(torch.uint16), 2), merged)
     for arguments, message in (
         ((features, grid_thw, 4), "multiples of `merge_size`, 4"),
         ((features[:12], torch.tensor([[1, 3, 4]]), 2), "multiples of `merge_size`, 2"),
@@ -111,6 +112,8 @@ def test_merging_frames_and_nothing(processor):
         ((features, grid_thw, 0), "merge_size"),
         ((features[1:], grid_thw, 2), "52 patches, but `features` holds 51"),
         ((features[None], grid_thw, 2), "shape"),
+        ((features, grid_thw.tolist(), 2), "`grid_thw` must be a tensor of integers .* got list"),
+        ((features, grid_thw[0], 2), "`grid_thw` must be a tensor of integers"),
     ):
         with pytest.raises(ValueError, match=message):
             merge(*arguments)

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from reference import (
@@ -87,6 +88,19 @@ def test_flash_attention_gets_one_varlen_call_per_layer(flash_kernel, implementa
     assert len(flash_kernel) == reference.config.num_hidden_layers + 1
     assert all(call["max_seqlen_k"] == 13 * 11 for call in flash_kernel)
     assert flash_kernel[-1]["max_seqlen_q"] == 1, "the pooling head has one query per image"
+
+
+def test_flash_attention_gets_no_longer_bound_than_there_are_patches(flash_kernel):
+    """A kernel holds it in 32 bits."""
+    packed = packing_model(reference_model(use_head=True))
+    packed.config._attn_implementation = "flash_attention_2"
+    inputs = pack(random_images(ODD_GRIDS))
+    layout = packed_layout(inputs["grid_thw"], packed.config)
+    with torch.inference_mode():
+        for bound in (2**40, np.int64(1000), torch.tensor(143)):
+            packed(**inputs, cu_seqlens=layout.cu_seqlens, max_seqlen=bound)
+            packed(inputs["hidden_states"], layout=dataclasses.replace(layout, max_seqlen=bound))
+    assert len(flash_kernel) == 6 * 3
 
 
 def test_flash_attention_on_an_empty_batch(flash_kernel):

@@ -78,8 +78,10 @@ def test_without_triton_or_cuda_the_engine_says_so(monkeypatch):
         (lambda packed: packed.set_attn_implementation("eager"), "the attention implementation is eager"),
         (lambda packed: setattr(packed.encoder.layers[1].ffn, "act_fn", torch.nn.GELU()), "the activation is GELU"),
         (lambda packed: packed.double(), "the weights are torch.float64"),
+        (lambda packed: setattr(packed.encoder, "layers", torch.nn.ModuleList()), "the model has no layers"),
+        (lambda packed: setattr(packed.encoder.layers[0].attention, "head_dim", 4), "heads of size 4"),
     ],
-    ids=["attention", "activation", "dtype"],
+    ids=["attention", "activation", "dtype", "layers", "heads"],
 )
 def test_what_it_does_not_compute_is_refused(monkeypatch, change, reason):
     packed = packing_model(reference_model())
@@ -88,6 +90,12 @@ def test_what_it_does_not_compute_is_refused(monkeypatch, change, reason):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     change(packed)
     assert reason in refusal_of(packed)
+
+
+def test_heads_are_those_that_the_layers_were_made_with():
+    packed = packing_model(reference_model(num_attention_heads=2))
+    packed.config.num_attention_heads = 4
+    assert cuda_engine.Engine(packed, list(packed.parameters())).head_dim == 32
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0], [-1]])

@@ -3,6 +3,7 @@
 """What `forward` takes, refuses and returns."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers import vision_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-unpack_features = hub_module("layout").unpack_features
+unpack_features, merge_patches = hub_module("layout").unpack_features, hub_module("batching").merge_patches
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +433,19 @@ def test_positions_outside_the_grid_may_be_given(model):
             assert (ours - model(inputs["hidden_states"], **given).last_hidden_state).abs().max() < 1e-5
 
 
+def test_positions_beyond_the_number_that_a_layout_says_are_an_error(model):
+    inputs = pack(random_images([(2, 3)]))
+    layout = with_positions(packed_layout(inputs["grid_thw"], model.config), model.config)
+    for position_ids in (layout.position_ids - 1, layout.position_ids + 1):
+        expected = model(**inputs, position_ids=position_ids).last_hidden_state
+        changed = dataclasses.replace(layout, position_ids=position_ids)
+        with pytest.raises(IndexError):
+            model(inputs["hidden_states"], layout=changed)
+        unbounded = dataclasses.replace(changed, num_positions=None)
+        ours = model(inputs["hidden_states"], layout=unbounded).last_hidden_state
+        torch.testing.assert_close(ours, expected)
+
+
 def test_positions_of_no_frames_are_refused():
     config = Aimv2PackingConfig()
     layout = dataclasses.replace(packed_layout(torch.tensor([[1, 2, 2]]), config), grids=None)
@@ -622,6 +636,13 @@ def test_maps_have_the_sides_of_the_layout(model):
 def test_maps_of_bad_grids_are_refused(grid_thw):
     with pytest.raises(ValueError, match="`grid_thw` must "):
         unpack_features(torch.zeros(4, 8), grid_thw)
+
+
+@pytest.mark.parametrize("features", [BaseModelOutputWithPooling(torch.zeros(4, 8)), np.zeros((4, 8)), torch.ones(())])
+def test_maps_of_what_are_no_features_are_refused(features):
+    for function in (unpack_features, partial(merge_patches, merge_size=2)):
+        with pytest.raises(ValueError, match="`features` must be a tensor of shape \\(total_patches, "):
+            function(features, torch.tensor([[1, 2, 2]]))
 
 
 def test_maps_need_grids_where_tokens_need_none(model):

@@ -123,10 +123,12 @@ def test_half_precision_is_as_close_to_float64_as_the_original(dtype, attn):
     assert error <= 1.05 * allowed
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_no_row_of_patches_ends_within_a_tile(dtype):
+def test_no_row_of_patches_ends_within_a_tile(dtype, autocast):
     """There oneDNN reads on, into the next image, and what it finds times 0 is NaN where that is NaN."""
-    packed, inputs = packing_model(reference_model(dtype), plain=True), pack(random_images(ODD_GRIDS))
+    reference = reference_model(torch.float32 if autocast else dtype)
+    packed, inputs = packing_model(reference, plain=True), pack(random_images(ODD_GRIDS))
     multiplied = []
 
     class Products(TorchDispatchMode):
@@ -135,9 +137,10 @@ def test_no_row_of_patches_ends_within_a_tile(dtype):
                 multiplied.append(args[-2])
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Products():
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast), Products():
         packed(**inputs)
     patches = multiplied[0]
+    assert patches.dtype == dtype
     assert patches.shape[1] % 32 == 0
     assert torch.equal(patches[:, :588], inputs["hidden_states"].to(dtype))
     assert not patches[:, 588:].any()

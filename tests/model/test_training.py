@@ -4,7 +4,7 @@
 
 import pytest
 import torch
-from reference import ODD_GRIDS, pack, packing_model, random_images, reference_model
+from reference import ODD_GRIDS, hub_module, pack, packing_model, random_images, reference_model
 
 
 CONFIGS = {"native": {"use_head": True}, "learned": {"is_native": False, "use_head": True, "qkv_bias": True}}
@@ -92,3 +92,19 @@ def test_attention_dropout_applies_in_training_only(attn, plain):
         assert not torch.equal(packed(**inputs).last_hidden_state, packed(**inputs).last_hidden_state)
         hardly_any = packing_model(reference, attn, plain, attention_dropout=1e-9).train()
         assert (hardly_any(**inputs).last_hidden_state - without.last_hidden_state).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.functionalize])
+def test_learned_positions_that_were_never_computed_are_transformed(transform):
+    packed = packing_model(reference_model(is_native=False), attn="eager")
+    inputs = pack(random_images(ODD_GRIDS))
+
+    def loss(patches):
+        hub_module("layout").axis_taps.cache_clear()
+        return packed(patches, inputs["grid_thw"]).last_hidden_state.square().mean()
+
+    patches = inputs["hidden_states"].requires_grad_()
+    expected = loss(patches)
+    if transform is torch.func.grad:
+        (expected,) = torch.autograd.grad(expected, patches)
+    torch.testing.assert_close(transform(loss)(patches), expected)
