@@ -24,7 +24,7 @@ try:
     from conversion.features import read_images
     from conversion.hub_files import download_files, hub_file_names, local_path, not_converted
     from conversion.hub_upload import push_to_hub
-    from conversion.messages import next_step, printable, printable_lines, without_credentials
+    from conversion.messages import next_step, printable, printable_lines, say, without_credentials
     from conversion.model_card import describe, summary
     from conversion.model_repo import convert, difference_from
     from conversion.repo_contents import repo_differences
@@ -39,24 +39,24 @@ DTYPE_CHOICES = ("float32", "bfloat16", "float16")
 
 
 def print_report(report: Report) -> None:
-    print(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
-    print(report.tables())
-    print(f"\n{report.thresholds()}\n")
+    say(f"\n{report.model} against {report.reference}, {report.dtype} on {report.device}\n")
+    say(report.tables())
+    say(f"\n{report.thresholds()}\n")
     if report.identical_weights is not None:
-        print(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
+        say(f"Weights: {'equal, bit by bit' if report.identical_weights else 'NOT those of the reference'}.")
     print_code(report.code_differences, report.code_files)
     for note in report.notes:
-        print(f"Note: {note}.")
-    print(f"Verdict: {'passed' if report.passed else 'FAILED'}.\n")
+        say(f"Note: {note}.")
+    say(f"Verdict: {'passed' if report.passed else 'FAILED'}.\n")
 
 
 def print_code(differences: list[str], files: int) -> None:
     if not differences:
-        print(f"Code: equal to this tree's, file by file ({files} files).")
+        say(f"Code: equal to this tree's, file by file ({files} files).")
         return
-    print("Code: NOT this tree's, and with trust_remote_code it would run:")
+    say("Code: NOT this tree's, and with trust_remote_code it would run:")
     for difference in differences:
-        print(f"  {difference}")
+        say(f"  {difference}")
 
 
 def verify_code(source: str, revision: str | None) -> None:
@@ -67,7 +67,7 @@ def verify_code(source: str, revision: str | None) -> None:
         commit = folder.name
         names = hub_file_names(source, commit)
         if names is None:
-            print("The Hub is out of reach: what an earlier download holds is compared.")
+            say("The Hub is out of reach: what an earlier download holds is compared.")
     if not folder.is_dir():
         raise ValueError(f"{source} is no folder of a converted repo.")
     if reason := why_not_converted(folder):
@@ -75,16 +75,18 @@ def verify_code(source: str, revision: str | None) -> None:
     differences = repo_differences(folder, names)
     print_code(differences, len(repo_kind(folder).code_files))
     if commit:
-        print(f"Compared: commit {commit}. It is the one to pin: revision={commit!r}.")
+        say(f"Compared: commit {commit}. It is the one to pin: revision={commit!r}.")
     if differences:
         raise ValueError(f"The code of {source} is not this tree's: do not trust it before you have read it.")
 
 
 def shard_size(value: str) -> str:
     try:
-        split_state_dict_into_shards_factory(
-            {}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
+        split = split_state_dict_into_shards_factory(
+            {"a": b"1", "b": b"1"}, get_storage_size=len, filename_pattern="{suffix}", max_shard_size=value
         )
+        if split.is_sharded:
+            raise ValueError("no tensor fits")
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"must be like 5GB or 500MB: {error}") from error
     return value
@@ -208,7 +210,7 @@ def run(options: argparse.Namespace) -> None:
                 f"--overwrite, or upload it as it is: python convert_weights.py {output} --push-to-hub "
                 f"{options.push_to_hub}"
             )
-        print(f"{output} already holds this conversion of {source.name}.")
+        say(f"{output} already holds this conversion of {source.name}.")
 
     def check(folder: Path) -> Report:
         compared = reference or (source if output is not None else None)
@@ -237,34 +239,34 @@ def run(options: argparse.Namespace) -> None:
         max_shard_size = options.max_shard_size or "5GB"
         convert(source, output, model_id, dtype, max_shard_size, options.overwrite, verifier, options.plain)
         found = f"{describe(source.model)}, checkpoint format {source.model.checkpoint_format.name}"
-        print(f"Converted {source.name} ({found}) to {output}.")
+        say(f"Converted {source.name} ({found}) to {output}.")
         if dropped := source.model.dropped:
-            print(f"Left out of the source: {summary(dropped)}.")
+            say(f"Left out of the source: {summary(dropped)}.")
     elif options.verify:
         check(folder)
     if options.push_to_hub:
         url = push_to_hub(
             folder, options.push_to_hub, options.private, options.hub_revision, overwrite_card=options.overwrite_card
         )
-        print(f"Uploaded to {url}")
+        say(f"Uploaded to {url}")
 
 
 def main() -> int:
     try:
         run(parse_arguments())
     except KeyboardInterrupt:
-        print("error: interrupted. Nothing is half done: run the same command again.", file=sys.stderr)
+        say("error: interrupted. Nothing is half done: run the same command again.", file=sys.stderr)
         return 130
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error) or "not enough memory"
-        print(
+        say(
             f"error: {printable_lines(reason)}. Less is needed with a smaller --dtype, and by --verify with fewer or "
             "smaller --images or another --device.",
             file=sys.stderr,
         )
         return 1
     except (ValueError, OSError, RecursionError, httpx.TransportError) as error:
-        print(f"error: {printable_lines(without_credentials(explain(error)))}", file=sys.stderr)
+        say(f"error: {printable_lines(without_credentials(explain(error)))}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 
-from conversion.messages import is_of_store, next_step, printable_lines, without_credentials
+from conversion.messages import is_of_store, next_step, printable_lines, say, without_credentials
 from corpus.options import Options
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         if options.pop("status"):
             from corpus.shards import status_lines
 
-            print("\n".join(status_lines(arguments.output)))
+            say(*status_lines(arguments.output))
             return
         from corpus.run import run
 
@@ -117,13 +117,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"extract_features.py: {error.name} is not installed: pip install -r requirements-scale.txt")
     except KeyboardInterrupt:
-        print(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
+        say(f"extract_features.py: interrupted. What is encoded is written. {resume}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, (OSError, ValueError, RuntimeError)) and not is_of_store(error):
+        if not isinstance(error, (MemoryError, OSError, ValueError, RuntimeError)) and not is_of_store(error):
             raise
         step = "check the URL, the credentials and the connection" if is_of_store(error) else next_step(error)
-        message = printable_lines(without_credentials(" ".join(str(error).split())))
+        message = printable_lines(without_credentials(" ".join(str(error).split()))) or "not enough memory"
         sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 
 

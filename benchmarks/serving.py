@@ -181,7 +181,9 @@ def started(kind: str, checkpoint: Path, args: argparse.Namespace) -> tuple[subp
 
 
 def wait_until_up(server: subprocess.Popen, port: int, request: bytes) -> None:
-    while asyncio.run(ask(port, request)) != 200:
+    while (status := asyncio.run(ask(port, request))) != 200:
+        if status:
+            raise SystemExit(f"error: the server answers with {status}.")
         if server.poll() is not None:
             raise SystemExit(f"error: the server ended with {server.returncode}.")
         time.sleep(0.2)

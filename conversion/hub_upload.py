@@ -12,7 +12,7 @@ from huggingface_hub.utils import httpx
 
 from .hub_card import card_for, merged_card
 from .hub_files import one_line
-from .messages import listed, printable, without_credentials
+from .messages import listed, printable, say, without_credentials
 from .repo_contents import WEIGHTS, file_names, is_written
 from .repo_kinds import CONVERTED_TYPES, repo_kind
 from .safetensors_files import INDEX_NAME, hub_blobs, read_json
@@ -66,7 +66,7 @@ def push_to_hub(
                 refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
                 if refused or attempt == ATTEMPTS:
                     raise
-                print(f"The upload was interrupted ({one_line(error)}); continuing, attempt {attempt + 1}.")
+                say(f"The upload was interrupted ({one_line(error)}); continuing, attempt {attempt + 1}.")
                 time.sleep(5)
     except (httpx.TransportError, HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise ValueError(f"The upload to {repo_id} failed: {explain(error)}") from error
@@ -110,7 +110,7 @@ def files_to_upload(folder: Path) -> list[Path]:
             "again, or convert this folder, which takes its weights and settings. Nothing was uploaded."
         )
     if others := [name for name in names if folder / name not in written]:
-        print(f"Not uploaded, because the converter does not write it: {listed(others)}.")
+        say(f"Not uploaded, because the converter does not write it: {listed(others)}.")
     return written
 
 
@@ -142,7 +142,7 @@ def with_others(name: str, there: bytes, new: Path | bytes, repo_id: str) -> byt
         merged, is_kept = merged_card(there.decode("utf-8", "replace"), content.decode("utf-8"))
         content = merged.encode()
     if is_kept:
-        print(f"{name} of {repo_id} was not written by this tool: its text is kept. To replace it: --overwrite-card.")
+        say(f"{name} of {repo_id} was not written by this tool: its text is kept. To replace it: --overwrite-card.")
     return content
 
 

@@ -3,9 +3,12 @@
 """What the commands print: names that others chose, addresses, and what to do where the system gives an error."""
 
 import errno
+import io
 import os
 import re
+import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 NEXT_STEPS = {
@@ -20,6 +23,21 @@ NEXT_STEPS = {
 
 # The packages by which fsspec speaks to object stores. Their errors are none of the system's.
 STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests"}
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """
+    Prints lines, to standard output by default; what its encoding lacks is escaped. Where nobody reads it any more, as
+    after `| head`, or its disk is full, nothing is raised: what is done is done.
+    """
+    file = sys.stdout if file is None else file
+    if isinstance(file, io.TextIOWrapper):
+        file.reconfigure(errors="backslashreplace")
+    try:
+        print(*lines, sep="\n", file=file, flush=True)
+    except OSError:
+        # Or Python tries again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def printable(name: object) -> str:

@@ -58,6 +58,7 @@ def write_card(
             **licence,
         ),
         template_path=str(TEMPLATE),
+        title=in_card(model_id.rsplit("/", maxsplit=1)[-1]),
         model_id=model_id,
         source=in_card(source.name),
         cast="" if dtype is None else f", in {weights_dtype}",

@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from conversion.messages import printable
+from conversion.messages import printable, say
 from corpus.inputs import Corpus
 from corpus.output import Output
 from corpus.rows import IdSet
@@ -64,7 +64,7 @@ def done_of(output: Output, corpus: Corpus, retry_errors: bool, redo_changed: bo
     if corpus.ids is not None:
         with_rows = {name for name in corpus.digests if name in known}
     if recorded is None and with_rows:
-        print("This output has no record of sizes and times: whether files of the input changed since cannot be told.")
+        say("This output has no record of sizes and times: whether files of the input changed since cannot be told.")
     # A file without rows is read as it is now. Those of other inputs stay known.
     done.changed &= with_rows
     done.stamps = {**known, **corpus.stamps, **{name: known[name] for name in done.changed}}
@@ -97,7 +97,7 @@ def note_redone(output: Output, corpus: Corpus, done: Done, is_complete: bool) -
     gone = {id_: file for id_, file in done.retried.items() if corpus.file_of(id_) not in output.failed}
     if is_complete and gone:
         output.remove(gone)
-        print(f"{len(gone):,} rows of images that are no longer in their files were removed.")
+        say(f"{len(gone):,} rows of images that are no longer in their files were removed.")
         for id_ in gone:
             del done.retried[id_]
     if corpus.ids is not None:

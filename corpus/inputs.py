@@ -205,7 +205,7 @@ def corpus_of(inputs: tuple[str, ...], output: str, image_formats: tuple[str, ..
         if following.name == part.name or (kind == "archive" and following.name.startswith(f"{part.name}/")):
             raise ValueError(
                 f"Ids are paths below `--input`, and {part.name!r} comes twice, from {shown((inputs[part.source],))} "
-                f"and {shown((inputs[following.source],))}: give a folder above both."
+                f"and {shown((inputs[following.source],))}: give a folder above both, or of manifests a pattern."
             )
     skipped.sort()
     total = len(parts) if kind == "image" else None

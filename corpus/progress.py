@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from conversion.messages import printable
+from conversion.messages import printable, say
 from corpus.output import Counts, add_errors
 
 
@@ -90,7 +90,7 @@ class Progress:
 
     def print_line(self) -> None:
         if self.line:
-            print(self.line, file=sys.stderr, flush=True)
+            say(self.line, file=sys.stderr)
         self.line = ""
 
     def close(self) -> None:

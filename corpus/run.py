@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from conversion.local_code import CODE_FOLDER, local_class
-from conversion.messages import printable, without_credentials
+from conversion.messages import printable, say, without_credentials
 from corpus import in_process
 from corpus.done import changed_line, done_of, note_redone
 from corpus.inputs import Corpus, corpus_of, has_image_name
@@ -71,9 +71,9 @@ def run(options: Options) -> None:
         output.write_skipped(corpus.skipped)
         done = done_of(output, corpus, options.retry_errors, options.redo_changed)
         if done.elsewhere:
-            print(f"{done.elsewhere:,} rows of the output are of images that are not in the input; they are kept.")
+            say(f"{done.elsewhere:,} rows of the output are of images that are not in the input; they are kept.")
         if done.changed:
-            print(changed_line(done, options.redo_changed))
+            say(changed_line(done, options.redo_changed))
         parts = corpus.parts
         if corpus.kind == "image":
             parts = [part for part in parts if part.name not in done.ids][: options.limit]
@@ -81,7 +81,7 @@ def run(options: Options) -> None:
         skipped = skipped_lines(corpus.skipped, f"{output.shown.rstrip('/')}/{SKIPPED}")
         is_shard, is_complete = options.num_shards is not None, True
         if missing == 0 or not parts:
-            print(f"All {corpus.total or 0:,} images were done before.")
+            say(f"All {corpus.total or 0:,} images were done before.")
         else:
             # None where the members of archives are not counted.
             wanted = min((number for number in (missing, options.limit) if number is not None), default=None)
@@ -101,8 +101,8 @@ def run(options: Options) -> None:
                 progress.close()
                 if options.retry_errors or options.redo_changed:
                     note_redone(output, corpus, done, is_complete)
-                print(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
-                print("\n".join([*summary.lines(), f"{len(done.ids):,} were done before."]))
+                say(f"{summary.images:,} images, {summary.patches:,} patches; {progress.rate()}")
+                say(*summary.lines(), f"{len(done.ids):,} were done before.")
             if missing is not None and wanted is not None and summary.images < wanted:
                 raise RuntimeError(
                     f"{wanted - summary.images:,} images of the input have no row, because the input has changed or a "
@@ -111,9 +111,9 @@ def run(options: Options) -> None:
         if is_shard and is_complete:
             mark_complete(output)
         if done.failed and not options.retry_errors:
-            print(f"{done.failed:,} rows from before hold an error; --retry-errors tries them again.")
+            say(f"{done.failed:,} rows from before hold an error; --retry-errors tries them again.")
         if skipped:
-            print("\n".join(skipped))
+            say(*skipped)
 
 
 def plan(options: Options) -> tuple[Job, Corpus]:
@@ -247,10 +247,10 @@ def note_settings(output: Output, job: Job, corpus: Corpus, options: Options) ->
         check_settings(job, output, record)
         was = record["begun"]
         if was["code"] != begun["code"]:
-            print("The code has changed since this output was begun or last resumed; the rows there are kept.")
+            say("The code has changed since this output was begun or last resumed; the rows there are kept.")
         if was["input"] != begun["input"]:
             before = " ".join(map(printable, was["input"]))
-            print(f"This output was last given --input {before}; its ids are taken for those of this input.")
+            say(f"This output was last given --input {before}; its ids are taken for those of this input.")
     new = {**asdict(job.settings), "begun": begun}
     if record != new:
         output.write_record(new)

@@ -29,6 +29,9 @@ ROWS_AT_ONCE = 64
 IDS_AT_ONCE = 1024
 LONGEST_ID = 4096
 
+# Of a manifest, whose lines must be shorter.
+BYTES_OF_BLOCK = 2**26
+
 # Images are compressed already.
 MOST_COMPRESSED = 100
 
@@ -45,11 +48,12 @@ class Table(NamedTuple):
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    is_any = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_one(kind) for is_one in is_any)
 
 
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def is_image_type(kind: pa.DataType) -> bool:
@@ -99,14 +103,17 @@ def parquet_of(path: str, fs: fsspec.AbstractFileSystem, key: str, columns: tupl
             # 0001 is an id, no number.
             options = pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
             lines = pa.csv.ParseOptions(newlines_in_values=True)
-            table = pa.csv.read_csv(opened, parse_options=lines, convert_options=options)
+            blocks = pa.csv.ReadOptions(block_size=BYTES_OF_BLOCK)
+            table = pa.csv.read_csv(opened, read_options=blocks, parse_options=lines, convert_options=options)
         else:
-            table = pa.json.read_json(opened)
+            blocks = pa.json.ReadOptions(block_size=BYTES_OF_BLOCK)
+            table = pa.json.read_json(opened, read_options=blocks)
             # 2024-01-01 is text, no time.
             schema = pa.schema([field.with_type(without_times(field.type)) for field in table.schema])
             if schema != table.schema:
                 opened.seek(0)
-                table = pa.json.read_json(opened, parse_options=pa.json.ParseOptions(explicit_schema=schema))
+                texts = pa.json.ParseOptions(explicit_schema=schema)
+                table = pa.json.read_json(opened, read_options=blocks, parse_options=texts)
     buffer = pa.BufferOutputStream()
     are_there = all(table.column_names.count(column) == 1 for column in columns)
     pq.write_table(table.select(columns) if are_there else table, buffer, row_group_size=1024)

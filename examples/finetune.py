@@ -50,6 +50,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from extract_features import positive
+
 
 Aimv2PackingModel = get_class_from_dynamic_module("accelerated_aimv2_packing.Aimv2PackingAcceleratedModel", REPO)
 Aimv2PackingConfig = Aimv2PackingModel.config_class
@@ -218,10 +220,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="converted checkpoint; without it, a small model with random weights")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images of your own: a subfolder per class")
     parser.add_argument("--fsdp", action="store_true", help="divide the model among the processes of torchrun")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--save-steps", type=int, default=250)
-    parser.add_argument("--patches-per-batch", type=int, help="default: 512, or as many as the largest image has")
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--save-steps", type=positive, default=250)
+    parser.add_argument("--patches-per-batch", type=positive, help="default: 512, or as many as the largest image has")
+    parser.add_argument("--gradient-accumulation-steps", type=positive, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     return parser.parse_args()
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from conversion.local_code import local_class
+from conversion.messages import printable, printable_lines, say
 
 
 image_formats = local_class("image_processing_aimv2_packing.image_formats")
@@ -56,7 +57,7 @@ def is_image(path: Path) -> bool:
 
 
 def skip(path: str, error: Exception) -> None:
-    print(f"skipped {path}: {error}", file=sys.stderr)
+    say(f"skipped {printable(path)}: {printable_lines(str(error))}", file=sys.stderr)
 
 
 class ImageFiles(Dataset):

@@ -17,6 +17,8 @@ from loading import PHOTOGRAPHS, load, run  # first: it says what is not install
 import torch
 from folder_features import encode_files, image_files
 
+from conversion.messages import printable, say
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +40,7 @@ def main() -> None:
     similarity = vectors @ vectors[0]
     for index in similarity.argsort(descending=True, stable=True).tolist():
         if index or not arguments.query:
-            print(f"{similarity[index]:.4f}  {names[index]}")
+            say(f"{similarity[index]:.4f}  {printable(names[index])}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # Copyright 2026 The AIMv2 packing authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: the image processor and the model, and errors in one line."""
+"""What the examples share: the image processor and the model, pictures that are saved, and errors in one line."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 REPO = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, REPO)
 try:
-    import PIL.Image  # noqa: F401
+    import PIL.Image
     import safetensors
     import torch
     from huggingface_hub.utils import httpx
@@ -47,6 +47,13 @@ def load(checkpoint: str | None):
         model = AutoModel.from_config(config, trust_remote_code=True)
     processor = AutoImageProcessor.from_pretrained(checkpoint or REPO, trust_remote_code=True)
     return processor, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def save_picture(picture: PIL.Image.Image, file: Path) -> None:
+    """Whole or not at all: what was there before is then still there."""
+    unfinished = file.with_name(f".{file.name}")
+    picture.save(unfinished, optimize=True)
+    unfinished.replace(file)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from loading import PHOTOGRAPHS, REPO, require_converted, run  # first: it says what is not installed
+from loading import PHOTOGRAPHS, REPO, require_converted, run, save_picture  # first: it says what is not installed
 
 
 # isort: split
@@ -29,6 +29,8 @@ from transformers import AutoModel, AutoProcessor, CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conversion.local_code import local_class
+from conversion.messages import printable, say
+from extract_features import positive
 
 
 open_image = local_class("image_processing_aimv2_packing.open_image")
@@ -89,7 +91,7 @@ def read_features(features: Path, folder: Path, checkpoint: str | None) -> tuple
     Raises:
         ValueError: they are not projected, or of other weights than the checkpoint's.
     """
-    import pyarrow.dataset
+    from search_features import read_embeddings
 
     from corpus.models import model_folder
     from corpus.settings import weights_of
@@ -108,10 +110,8 @@ def read_features(features: Path, folder: Path, checkpoint: str | None) -> tuple
             raise ValueError(
                 f"{features} was made by other weights than those of --checkpoint {checkpoint}: give its model."
             )
-    table = pyarrow.dataset.dataset(features, format="parquet").to_table(["id", "embedding"])
-    table = table.filter(table["embedding"].is_valid())
-    vectors = torch.tensor(table["embedding"].to_pylist())
-    return [folder / name for name in table["id"].to_pylist()], torch.nn.functional.normalize(vectors, dim=1)
+    names, vectors = read_embeddings(str(features))
+    return [folder / name for name in names], torch.from_numpy(vectors)
 
 
 @torch.no_grad()
@@ -146,13 +146,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="converted image-text checkpoint; without it, random weights")
     parser.add_argument("--folder", type=Path, default=PHOTOGRAPHS, help="of the pictures; default: the examples'")
     parser.add_argument("--features", type=Path, help="output of extract_features.py for this folder and checkpoint")
-    parser.add_argument("--top", type=int, default=6, help="hits per query (%(default)s)")
+    parser.add_argument("--top", type=positive, default=6, help="hits per query (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("hits.png"), help="the contact sheet (%(default)s)")
     arguments = parser.parse_args()
-    if arguments.top < 1:
-        parser.error(f"--top must be at least 1, got {arguments.top}")
     if arguments.output.suffix != ".png":
         parser.error(f"--output must be a .png file, got {arguments.output}")
+    if not arguments.output.parent.is_dir():
+        parser.error(f"--output must be in a folder that exists, got {arguments.output}")
     if arguments.features:
         paths, pictures = read_features(arguments.features, arguments.folder, arguments.checkpoint)
         processor, model = load(arguments.checkpoint)
@@ -172,9 +172,9 @@ def main() -> None:
         hits.append([(float(scores[index]), paths[index]) for index in best])
         print(query)
         for score, path in hits[-1]:
-            print(f"  {score:.4f}  {path}")
+            say(f"  {score:.4f}  {printable(path)}")
     title = str(arguments.checkpoint) if arguments.checkpoint else "random weights: the order says nothing"
-    contact_sheet(arguments.queries, hits, title).save(arguments.output)
+    save_picture(contact_sheet(arguments.queries, hits, title), arguments.output)
     print(f"Contact sheet: {arguments.output}")
 
 

@@ -33,11 +33,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from conversion.messages import printable, say
 from corpus.models import load_model, load_processor, model_folder
 from corpus.output import Output
 from corpus.settings import Settings, weights_of
 from corpus.shards import recorded_shard
 from corpus.stages import POOLINGS
+from extract_features import positive
 
 
 def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
@@ -51,7 +53,7 @@ def read_embeddings(output: str) -> tuple[list[str], np.ndarray]:
     # What is no Parquet file begins with a dot, and pyarrow passes over it.
     try:
         dataset = ds.dataset(path, filesystem=fs, format="parquet")
-        table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("error").is_null())
+        table = dataset.to_table(columns=["id", "embedding"], filter=ds.field("embedding").is_valid())
     except pa.ArrowInvalid as error:
         raise ValueError(f"{output} is no output of extract_features.py: {error}") from error
     if not len(table):
@@ -133,10 +135,8 @@ def main() -> None:
     queries.add_argument("--query-image", help="path or URL of a picture")
     queries.add_argument("--query-text", help='such as "a cat"')
     parser.add_argument("--model", help="where the model is now, if not where it was")
-    parser.add_argument("--count", type=int, default=5, help="of neighbours (%(default)s)")
+    parser.add_argument("--count", type=positive, default=5, help="of neighbours (%(default)s)")
     arguments = parser.parse_args()
-    if arguments.count < 1:
-        parser.error(f"--count must be at least 1, got {arguments.count}")
     ids, vectors = read_embeddings(arguments.output)
     if arguments.query is not None:
         if arguments.query not in ids:
@@ -152,7 +152,7 @@ def main() -> None:
     except ModuleNotFoundError:
         similarity, rows = search(vectors, query, count)
     for value, row in zip(similarity[0], rows[0], strict=True):
-        print(f"{value:.4f}  {ids[row]}")
+        say(f"{value:.4f}  {printable(ids[row])}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModel, AutoProcessor, ByT5Tokenizer, Qwen2Config
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from extract_features import positive
+
 
 OUTPUT = Path(REPO, "build", "vision-language-model")
 CODE = Path(REPO, "examples", "vision_language", "modeling_vision_language.py")
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=OUTPUT, metavar="FOLDER", help="default: build/vision-language-model"
     )
-    parser.add_argument("--steps", type=int, default=80, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=80, help="default: %(default)s")
     arguments = parser.parse_args()
     check_output(arguments.output)
     image_processor, vision = load(arguments.checkpoint)

@@ -10,7 +10,7 @@ features as colours, and beside the cosine similarity of every patch to one of t
 import argparse
 from pathlib import Path
 
-from loading import PHOTOGRAPHS, load, run  # first: it says what is not installed
+from loading import PHOTOGRAPHS, load, run, save_picture  # first: it says what is not installed
 
 
 # isort: split
@@ -146,7 +146,7 @@ def main() -> None:
         rows.append((f"{Path(path).name}: {height} x {width} patches", panels))
     weights = arguments.checkpoint or "Random weights: the colours and likenesses show no understanding of the images."
     sheet = sheet_of(rows, weights)
-    sheet.save(arguments.output, optimize=True)
+    save_picture(sheet, arguments.output)
     print(f"{arguments.output}: {len(rows)} images, {sheet.width} x {sheet.height}")
 
 

@@ -395,6 +395,8 @@ def test_values_too_large_for_the_dtype_are_named(source, capsys):
         (["--hub-revision", "x"], "--hub-revision needs --push-to-hub"),
         (["--max-shard-size", "5 apples"], "max-shard-size"),
         (["--max-shard-size", "infGB"], "max-shard-size"),
+        (["--max-shard-size=-5MB"], "must be like 5GB or 500MB: no tensor fits"),
+        (["--max-shard-size", "0KB"], "must be like 5GB or 500MB: no tensor fits"),
         (["--verify", "--device", "no such device"], "device"),
         (["--verify", "--images", "no such image"], "no such image"),
         (["--dtype", "int8"], "invalid choice"),

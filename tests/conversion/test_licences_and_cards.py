@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a source says of its licence arrives; what people wrote into a card or a folder is neither lost nor leaked."""
 
+import ast
 import json
 import os
 import re
@@ -108,6 +109,14 @@ def test_names_of_tensors_write_no_html_into_the_card(tmp_path):
 
 
 CARD = '---\nlibrary_name: transformers\nlicense: mit\ntags:\n- a\n---\n\n# Mine\n\nmodel_id = "here"\n'
+
+
+@pytest.mark.parametrize("name", [b"gr\xf6\xdfe", b'a\n"""b'])
+def test_a_folder_of_any_name_has_a_card(source, name):
+    output = source.parent / os.fsdecode(name)
+    run(parse_arguments([str(source), str(output)]))
+    stated = re.findall("^model_id = (.*)$", (output / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [ast.literal_eval(text) for text in stated] == [os.fsdecode(name)]
 
 
 def test_a_card_of_this_tool_is_known_until_it_is_edited():

@@ -4,15 +4,19 @@
 
 import ast
 import errno
+import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import checkpoints
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import reference_model
+from reference import REPO, reference_model
 
 from conversion.messages import next_step, printable, printable_lines, without_credentials
 from convert_weights import main
@@ -99,3 +103,27 @@ def test_files_in_an_index_forge_no_line_either(tmp_path, monkeypatch, capsys):
     assert main() == 1
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "erdict" in printed and "pickle" in printed
+
+
+def test_a_conversion_is_made_whoever_listens(tmp_path):
+    """Whose name the output's encoding lacks, and whose reader has left before the verdict."""
+    source, output = (
+        checkpoints.save(tmp_path / "in", checkpoints.apple(reference_model(hidden_size=128))),
+        tmp_path / "größe",
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(REPO / "convert_weights.py"), str(source), str(output)]
+    PIL.Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    verified = ["--overwrite", "--verify", "--images", str(tmp_path / "a.png")]
+    for options, listener in (([], writing), (verified, writing), (["--overwrite"], None)):
+        result = subprocess.run(
+            [*command, *options],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            stdout=subprocess.PIPE if listener is None else listener,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+    assert rb"to " + ascii(str(output))[1:-1].encode() in result.stdout
+    assert (output / "model.safetensors").is_file()

@@ -20,6 +20,7 @@ import extract_features
 from corpus import in_process
 from corpus.inputs import InputError
 from corpus.output import Output
+from corpus.shards import status_lines
 from corpus.stages import Batch, Encoder, Preparer
 
 
@@ -138,6 +139,17 @@ def test_a_full_disk_is_one_line(arguments: list[object], monkeypatch) -> None:
     assert extract(arguments[1], arguments[3], output).keys() == IMAGES.keys()
 
 
+def test_too_little_memory_is_one_line_and_what_is_encoded_is_written(arguments: list[object], monkeypatch) -> None:
+    def exhausted() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, exhausted)
+        options = [*arguments, "--patches-per-batch", "128", "--max-patches", "128"]
+        assert main(patch, *options) == "extract_features.py: not enough memory"
+    assert len(rows_of(arguments[-1])) == 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_input_that_vanishes_is_no_error_of_its_images(
     head_repo: Path, tmp_path: Path, workers: int, monkeypatch
@@ -200,6 +212,32 @@ def test_summary_names_kinds_of_errors_and_skipped_files(head_repo: Path, tmp_pa
     assert "6 could not be read or decoded" in printed.out and "1.jpg, 2.jpg, 3.jpg, ..." in printed.out
     assert "2 files of the input were skipped" in printed.out and "more, notes.txt" in printed.out
     assert "11/11 images" in printed.err
+
+
+@pytest.mark.parametrize("listener", ["of ASCII", "that has left", "on a full disk"])
+def test_what_cannot_be_said_changes_nothing_that_is_done(head_repo: Path, tmp_path: Path, listener: str) -> None:
+    source, output = write_images(tmp_path / "in", {**IMAGES, "é.png": b"junk"}), tmp_path / "out"
+    shard = ["--num-shards", "1", "--shard-index", "0"]
+    arguments = ["--model", head_repo, "--input", source, "--output", output, *shard]
+    reading, writing = os.pipe()
+    if listener == "on a full disk":
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
+    if listener != "of ASCII":
+        os.close(reading)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "extract_features.py"), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writing)
+    assert process.communicate()[1].splitlines() == [b"100% 6/6 images, 1 errors"] and process.returncode == 0
+    if listener == "of ASCII":
+        with open(reading, "rb") as printed:
+            assert b": \\xe9.png" in printed.read()
+    assert rows_of(output / "shard=0-of-1").keys() == {*IMAGES, "é.png"}
+    assert "1 complete" in status_lines(str(output))[0]
 
 
 def test_preparer_and_encoder_check_their_model(head_repo: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import IMAGES
 
+from corpus import tables
 from corpus.inputs import corpus_of
 from corpus.readers import read
 from corpus.rows import Image
@@ -44,13 +45,25 @@ def test_what_looks_like_a_time_stays_text(tmp_path: Path) -> None:
     assert all(image.data == IMAGES["0.png"] for image in images)
 
 
-def test_texts_of_many_lines_in_a_long_manifest(tmp_path: Path) -> None:
+def test_texts_of_many_lines_in_a_long_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than what is read at once, whose end may be within a text."""
+    monkeypatch.setattr(tables, "BYTES_OF_BLOCK", 2**20)
     file = tmp_path / "a.csv"
     text = "a,\nb\n" * 100
     file.write_text("image,caption\n" + f'0.png,"{text}"\n' * 5000)
     images = images_of(file, keep=("caption",))
     assert len(images) == 5000 and all(image.kept == {"caption": text} for image in images)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_line_of_megabytes(tmp_path: Path, name: str) -> None:
+    """As of a list of boxes, or of a long text."""
+    (tmp_path / "0.png").write_bytes(IMAGES["0.png"])
+    text = "x" * 3_000_000
+    lines = {"a.csv": f"image,caption\n0.png,{text}\n0.png,b\n"}
+    lines["a.jsonl"] = f'{{"image": "0.png", "caption": "{text}"}}\n{{"image": "0.png", "caption": "b"}}\n'
+    (tmp_path / name).write_text(lines[name])
+    assert [image.data for image in images_of(tmp_path / name)] == [IMAGES["0.png"]] * 2
 
 
 def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:

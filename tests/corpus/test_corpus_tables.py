@@ -42,6 +42,7 @@ def test_paths_are_opened_relative_to_the_table(head_repo: Path, tmp_path: Path)
         + [{"bytes": None, "path": path} for path in paths[1:]],
         "large": pa.array(paths, pa.large_string()),
         "coded": pa.array(paths).dictionary_encode(),
+        "viewed": pa.array(paths, pa.string_view()),
     }
     table = write_table(tmp_path / "in/t.parquet", columns) / "t.parquet"
     for column in columns:
@@ -87,6 +88,13 @@ def test_ids_are_decoded_or_refused(head_repo: Path, tmp_path: Path) -> None:
     for name, (_, message) in bad.items():
         with pytest.raises(ValueError, match=message):
             extract(head_repo, source, tmp_path / "out", id_column=name)
+
+
+def test_bytes_and_ids_that_are_views(tmp_path: Path) -> None:
+    columns = {"image": pa.array(PNGS[:2], pa.binary_view()), "key": pa.array(["a", "b"], pa.string_view())}
+    write_table(tmp_path / "a.parquet", columns)
+    images = images_of(tmp_path / "a.parquet", "key")
+    assert [(image.id, image.data) for image in images] == [("a", PNGS[0]), ("b", PNGS[1])]
 
 
 def test_what_spark_and_hadoop_hide_is_skipped(head_repo: Path, tmp_path: Path) -> None:

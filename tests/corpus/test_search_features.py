@@ -54,6 +54,13 @@ def test_neighbours_are_in_order(rows, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert float(value) == pytest.approx(expected[id_], abs=1e-4)
 
 
+def test_names_forge_no_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    vectors = pa.array([[1.0, 0.0], [0.0, 1.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"id": ["a.png", "b\n1.0000  c.png"], "embedding": vectors}), tmp_path / "a.parquet")
+    run(monkeypatch, tmp_path, "--query", "a.png")
+    assert capsys.readouterr().out.splitlines() == ["1.0000  a.png", r"0.0000  'b\n1.0000  c.png'"]
+
+
 def test_a_query_without_a_vector_is_refused(rows, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     for query in ("bad.png", "none.png"):
         with pytest.raises(SystemExit, match="2"):

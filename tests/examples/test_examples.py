@@ -281,6 +281,19 @@ def test_a_wrong_checkpoint_is_one_line(run, tmp_path, command):
         (["visualize_features", "nosuch.jpg"], "No such image file: 'nosuch.jpg'"),
         (["finetune", "--output", "run", "--images", "nosuch"], "nosuch"),
         (["finetune", "--output", "run", "--images", "."], "a subfolder per class"),
+        *(
+            (["finetune", "--output", "run", option, number], f"argument {option}: must be at least 1, got {number}")
+            for option, number in [
+                ("--steps", "-1"),
+                ("--save-steps", "0"),
+                ("--patches-per-batch", "0"),
+                ("--gradient-accumulation-steps", "0"),
+            ]
+        ),
+        (["vision_language_model", "--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["search_features", ".", "--query", "a", "--count", "0"], "argument --count: must be at least 1, got 0"),
+        (["search_by_words", "a", "--output", "nosuch/hits.png"], "--output must be in a folder that exists"),
+        (["search_by_words", "a", "--top", "0"], "argument --top: must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_argument_is_one_line(run, tmp_path, command, message):
@@ -335,6 +348,8 @@ def test_a_missing_package_is_one_line_that_installs_it(tmp_path, command, packa
 )
 def test_a_disk_that_is_full_is_one_line(tmp_path, command, output):
     name, *arguments = command
+    if Path(output).suffix:
+        (tmp_path / output).write_text("of an earlier run")
     # The limit stands for a disk: the same calls fail, with another reason.
     code = f"""
         import errno, os, resource, runpy, signal, sys
@@ -351,6 +366,8 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, command, output):
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert result.stderr.endswith("- free some space, or choose another disk.\n"), result.stderr
+    if Path(output).suffix:
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(output, "of an earlier run")]
 
 
 def test_the_drawing_is_what_its_script_draws():
