@@ -123,7 +123,8 @@ def main() -> None:
         if not isinstance(error, (MemoryError, OSError, ValueError, RuntimeError)) and not is_of_store(error):
             raise
         step = "check the URL, the credentials and the connection" if is_of_store(error) else next_step(error)
-        message = printable_lines(without_credentials(" ".join(str(error).split()))) or "not enough memory"
+        reason = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+        message = printable_lines(without_credentials(" ".join(reason.split())))
         sys.exit(f"extract_features.py: {message}{f' - {step}. {resume}' if step else ''}")
 
 

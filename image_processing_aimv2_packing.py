@@ -602,7 +602,7 @@ class Aimv2PackingImageProcessorMixin(PackedBatchesMixin, BaseImageProcessor):
             images = self.resize_pixels(images, sides, resample)
         else:
             highest = 255 if size.do_rescale else 1 if size.do_normalize else None
-            # Clipped after each pass, as PIL does with 8 bits, before version 13 in this order: bicubic filters overshoot.
+            # Clipped after each pass, as PIL does 8 bits, before version 13 in this order: bicubic filters overshoot.
             for target in ((height, sides[1]), sides):
                 images = self.resize_pixels(images, target, resample)
                 images = images if highest is None else images.clip(0, highest)
