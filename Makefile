@@ -9,10 +9,10 @@ PACKAGE = build/types/aimv2_packing
 demo: $(VENV)/installed
 	$(PYTHON) examples/demo.py $(if $(CHECKPOINT),--source $(CHECKPOINT))
 
-# Processes of one thread each; what a file's tests share is made once.
+# Processes of one thread each, which take tests from each other when their own are done: some last minutes.
 test: $(VENV)/installed
 	$(PYTHON) tests/transformers_common/download.py
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 test-common: $(VENV)/installed
 	$(PYTHON) tests/transformers_common/download.py
