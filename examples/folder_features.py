@@ -100,6 +100,17 @@ def collate(examples: list) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     return list(paths), hidden_states, grid_thw
 
 
+def packed_batches(
+    paths: list[str], processor, max_patches_per_batch: int = 8192, num_workers: int = 0
+) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
+    """The paths of the images of each batch that can be read, their patches, and `grid_thw`."""
+    dataset = ImageFiles(paths, processor)
+    sampler = processor.batch_sampler(dataset.sizes, max_patches_per_batch)
+    for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers):
+        if batch[0]:
+            yield batch
+
+
 def encode_files(
     paths: list[str], processor, model, max_patches_per_batch: int = 8192, num_workers: int = 0
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -107,13 +118,7 @@ def encode_files(
     The path of each image that can be read, its features `(1, rows, columns, hidden_size)` and one vector
     `(hidden_size,)`: the head's output where the model has a head, else the mean of the features.
     """
-    dataset = ImageFiles(paths, processor)
-    sampler = processor.batch_sampler(dataset.sizes, max_patches_per_batch)
-    for names, hidden_states, grid_thw in DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers
-    ):
-        if not names:
-            continue
+    for names, hidden_states, grid_thw in packed_batches(paths, processor, max_patches_per_batch, num_workers):
         with torch.no_grad():
             # grid_thw stays on the CPU, where the model reads it.
             outputs = model(hidden_states.to(model.device), grid_thw)

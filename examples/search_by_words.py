@@ -22,9 +22,8 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.ImageOps
 import torch
-from folder_features import ImageFiles, collate, image_files
+from folder_features import image_files, packed_batches
 from tokenizers import pre_tokenizers
-from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, CLIPTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -71,14 +70,11 @@ def embed_pictures(
     paths: list[str], processor, model, max_patches_per_batch: int = 8192
 ) -> tuple[list[Path], torch.Tensor]:
     """The pictures that can be read, and one unit vector for each, `(num_pictures, projection_dim)`."""
-    dataset = ImageFiles(paths, processor.image_processor)
-    sampler = processor.image_processor.batch_sampler(dataset.sizes, max_patches_per_batch)
     read: list[Path] = []
     vectors = []
-    for names, hidden_states, grid_thw in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate):
-        if names:
-            read += map(Path, names)
-            vectors.append(model.get_image_features(hidden_states.to(model.device), grid_thw).pooler_output)
+    for names, hidden_states, grid_thw in packed_batches(paths, processor.image_processor, max_patches_per_batch):
+        read += map(Path, names)
+        vectors.append(model.get_image_features(hidden_states.to(model.device), grid_thw).pooler_output)
     if not read:
         raise ValueError(f"None of {len(paths)} pictures can be read.")
     return read, torch.nn.functional.normalize(torch.cat(vectors), dim=1).cpu()
